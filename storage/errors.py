@@ -1,0 +1,43 @@
+"""The errors that a user, a file or a network can cause, and what each means for a restart.
+
+RangeFlowError                 an error with a message for people; never shown with a traceback
+|-- ConfigurationError         what was asked for cannot be done; no restart helps  (exit 78)
+|   |-- DataError              a source is missing, damaged or of the wrong kind
+|   `-- NoUsableCheckpointError  every checkpoint of the run is damaged
+|-- IntegrityError             bytes are not what their digest says                 (exit 78)
+|-- StoreUnavailableError      a store, disk or network failed; a restart may help  (exit 75)
+|-- RunBusyError               another incarnation is alive on the run              (exit 75)
+`-- FencedError                a later incarnation has claimed the run              (exit 76)
+"""
+
+
+class RangeFlowError(Exception):
+    """An error whose message is written for the person who runs the program."""
+
+
+class ConfigurationError(RangeFlowError):
+    """What was asked for cannot be done; starting again without a change will not help."""
+
+
+class DataError(ConfigurationError):
+    """A source of tokens is missing, damaged, or not what the run expects."""
+
+
+class NoUsableCheckpointError(ConfigurationError):
+    """The run has checkpoints, and none of them can be restored."""
+
+
+class IntegrityError(RangeFlowError):
+    """Bytes read are not the bytes that were written."""
+
+
+class StoreUnavailableError(RangeFlowError):
+    """A store did not do what was asked, for a reason that may pass (network, disk, quota)."""
+
+
+class RunBusyError(RangeFlowError):
+    """Another incarnation is alive on this run."""
+
+
+class FencedError(RangeFlowError):
+    """A later incarnation has claimed this run: this one must stop and change nothing."""
