@@ -1,0 +1,1 @@
+"""What training state is safe: saves, restores and retires checkpoints of a run."""

@@ -1,0 +1,137 @@
+"""One start of the training program on a run: claims it, and stops when a later one has.
+
+The fence is the order of the log. An incarnation begins with a CLAIM of the next generation; from
+then on nobody of a lower generation can append, because every append reads the log to its end
+first and finds the CLAIM.
+
+Covers: processes that are killed, stopped and woken, started twice, on any number of hosts.
+Does not cover: what a stale process does to anything but the log and its own objects.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from checkpointing.beats import BEAT_SECONDS, read_beat
+from checkpointing.history import history
+from checkpointing.owner import provably_gone, this_process
+from storage.errors import FencedError, RunBusyError
+from storage.log import Draft, Log, Record
+from storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+GRACE_SECONDS = 12.0
+"""How long a starter waits for a beating owner to leave (the default grace budget)."""
+
+
+class Incarnation:
+    """The right to append to a run's log, until a later incarnation claims it."""
+
+    def __init__(self, log: Log, claim: Record) -> None:
+        self._log = log
+        self._claim = claim
+        self.generation = claim.generation
+
+    @property
+    def records(self) -> Sequence[Record]:
+        """The log as this incarnation last read it."""
+        return self._log.records
+
+    def watcher(self, store: Store) -> Callable[[], object]:
+        """A `check` with a log of its own, for another thread."""
+        log = Log(store)
+        return lambda: refuse_if_fenced(log.refresh(), self._claim)
+
+    def check(self) -> Sequence[Record]:
+        """The records of the log, read to its end; raises FencedError after a later CLAIM."""
+        records = self._log.refresh()
+        refuse_if_fenced(records, self._claim)
+        return records
+
+    def append(
+        self, kind: str, decide: Callable[[Sequence[Record]], dict[str, Any] | None]
+    ) -> Record | None:
+        """Append the body that `decide` makes of the records, or nothing when it makes none.
+
+        Raises FencedError, with the log unchanged, when a later incarnation has claimed the run.
+        """
+
+        def draft(records: Sequence[Record]) -> Draft | None:
+            refuse_if_fenced(records, self._claim)
+            body = decide(records)
+            if body is None:
+                return None
+            return Draft(kind=kind, generation=self.generation, body=body)
+
+        return self._log.append(draft)
+
+
+def refuse_if_fenced(records: Sequence[Record], claim: Record) -> None:
+    """Raise FencedError when the log holds a CLAIM later than `claim`."""
+    for record in reversed(records):
+        if record.index <= claim.index:
+            return
+        if record.kind == "CLAIM" or record.highest_generation > claim.generation:
+            raise FencedError(
+                f"generation {claim.generation} is fenced: generation "
+                f"{record.highest_generation} has claimed the run"
+            )
+
+
+def claim_run(
+    store: Store,
+    log: Log,
+    *,
+    body: dict[str, Any],
+    take_over: bool,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Incarnation:
+    """Append the CLAIM of the next generation, when the present owner is gone or `take_over`.
+
+    The owner is gone when this host can prove it, or when no new beat arrives within two beat
+    intervals on this process's own clock. Otherwise waits out the grace, then raises RunBusyError.
+    """
+    claim_body = {**body, "owner": this_process()}
+    while True:
+        judged = None if take_over else _wait_until_free(store, log, clock=clock, sleep=sleep)
+
+        def draft(records: Sequence[Record], judged: Record | None = judged) -> Draft | None:
+            if not take_over and history(records).claim != judged:
+                return None  # another starter was faster: judge that one
+            generation = log.highest_generation + 1
+            return Draft(kind="CLAIM", generation=generation, body=claim_body)
+
+        record = log.append(draft)
+        if record is not None:
+            logger.info("claimed the run as generation %d", record.generation)
+            return Incarnation(log, record)
+
+
+def _wait_until_free(
+    store: Store, log: Log, *, clock: Callable[[], float], sleep: Callable[[float], None]
+) -> Record | None:
+    """The claim whose owner is gone, or None when the run has never been claimed."""
+    claim = history(log.refresh()).claim
+    if claim is None or provably_gone(claim.body["owner"]):
+        return claim
+    last = read_beat(store, claim.generation)
+    started = last_news = clock()
+    owner = claim.body["owner"]
+    logger.info("waiting to see whether %s still owns the run", owner["host"])
+    while clock() - last_news < 2 * BEAT_SECONDS:
+        if last.get("left") or provably_gone(owner):
+            break
+        if clock() - started > 2 * BEAT_SECONDS + GRACE_SECONDS:
+            raise RunBusyError(
+                f"{store.url} is in use by generation {claim.generation} on host {owner['host']}, "
+                f"process {owner['pid']}, in phase {last.get('phase')!r} at step "
+                f"{last.get('step')}. Stop that one, or pass --take_over to fence it"
+            )
+        sleep(1.0)
+        beat = read_beat(store, claim.generation)
+        if beat != last:
+            last, last_news = beat, clock()
+    return claim
