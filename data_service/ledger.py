@@ -1,0 +1,81 @@
+"""The ledger of a preparation: which units of work are done, bound to inputs and settings.
+
+`ledger/binding.json` is written first and says what is prepared and how; `ledger/unit-NNNNN.json`
+after the objects of a unit, and names them. So at any kill a unit is done or is done again, and
+work under other settings is refused instead of mixed in.
+"""
+
+import json
+from collections.abc import Mapping
+
+from storage.canonical import canonical_json, sha256_hex
+from storage.errors import ConfigurationError
+from storage.store import Store
+
+BINDING_KEY = "ledger/binding.json"
+
+
+class BindingError(ConfigurationError):
+    """The place holds a preparation of other inputs, or with other settings."""
+
+
+class Ledger:
+    """The units of one preparation that are done."""
+
+    def __init__(self, store: Store, binding: Mapping[str, object]) -> None:
+        """Bind the store to `binding`; BindingError, naming what differs, if it is bound already.
+
+        `binding` is {"inputs": [{path, size_bytes, sha256}], "settings": {...}}.
+        """
+        self._store = store
+        data = canonical_json(dict(binding))
+        self._binding = sha256_hex(data)
+        if store.put_if_absent(BINDING_KEY, data):
+            return
+        found = store.get(BINDING_KEY)
+        if found == data:
+            return
+        try:
+            earlier = json.loads(found)
+        except ValueError:
+            store.put(BINDING_KEY, data)  # torn by a kill where creation is not atomic
+            return
+        raise BindingError(
+            f"{store.url} holds a preparation with {_difference(earlier, binding)}; "
+            "prepare into another --out, or delete that folder first"
+        )
+
+    def done(self, unit: int) -> dict[str, object] | None:
+        """What `finish` recorded for a unit, or None if it is not done."""
+        try:
+            record = json.loads(self._store.get(_unit_key(unit)))
+        except FileNotFoundError:
+            return None
+        if not isinstance(record, dict) or record.get("binding") != self._binding:
+            return None
+        return record
+
+    def finish(self, unit: int, record: Mapping[str, object]) -> None:
+        """The commit of a unit: its objects must be in the store by now."""
+        self._store.put(_unit_key(unit), canonical_json({**record, "binding": self._binding}))
+
+
+def _unit_key(unit: int) -> str:
+    return f"ledger/unit-{unit:05d}.json"
+
+
+def _difference(earlier: Mapping[str, object], wanted: Mapping[str, object]) -> str:
+    old, new = earlier.get("settings"), wanted.get("settings")
+    if isinstance(old, dict) and isinstance(new, dict) and old != new:
+        name = next(name for name in sorted({*old, *new}) if old.get(name) != new.get(name))
+        return f"other settings: {name} was {old.get(name)!r:.120}, now {new.get(name)!r:.120}"
+    old, new = earlier.get("inputs"), wanted.get("inputs")
+    if isinstance(old, list) and isinstance(new, list):
+        for before, now in zip(old, new, strict=False):
+            if before != now:
+                same = before.get("path") == now.get("path")
+                return f"other inputs: {before.get('path')} " + (
+                    "has changed" if same else f"where now {now.get('path')} is"
+                )
+        return f"other inputs: there were {len(old)}, now {len(new)}"
+    return "another binding"

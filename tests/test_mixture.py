@@ -1,0 +1,181 @@
+"""The mixture against its theorem, at every prefix of random schedules."""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+import data_service.mixture
+from data_service.mixture import PPM, Mixture, shares_of_steps
+from storage.canonical import sha256_hex
+
+Points = list[tuple[int, int]]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 64 samples, so that small schedules cross many anchors."""
+    monkeypatch.setattr(data_service.mixture, "BLOCK", 64)
+
+
+def random_weights(rng: random.Random, sources: int) -> list[Points]:
+    """Ramps from and to zero, steps, constants; one source is always there."""
+    weights: list[Points] = []
+    for _ in range(sources):
+        steps = sorted(rng.sample(range(120), rng.randint(1, 4)))
+        weights.append([(s, rng.choice([0, 0, 1, 7, 333_333, rng.randint(0, PPM)])) for s in steps])
+    weights[rng.randrange(sources)] = [(0, rng.randint(1, PPM))]
+    return weights
+
+
+def exact_shares(weights: Sequence[Points], from_step: int, samples: int, per_step: int) -> list:
+    """Parts per million after each of `samples` samples, sample by sample: the reference."""
+    steps = -(-samples // per_step)
+    table = shares_of_steps(weights, from_step, from_step + steps)
+    return np.cumsum(np.repeat(table, per_step, axis=0)[:samples], axis=0).tolist()
+
+
+def worst_break(sources: Sequence[int], exact: Sequence[Sequence[int]], K: int) -> float:
+    """The largest distance from the exact share over the bound 1 - 1/(2K-2)."""
+    counts = np.zeros((len(sources), K), dtype=np.int64)
+    counts[np.arange(len(sources)), list(sources)] = 1
+    distance = np.abs(np.cumsum(counts, axis=0) * PPM - np.array(exact)).max()
+    return float(distance * (2 * K - 2) / (PPM * (2 * K - 3)))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("seed", range(60))
+def test_every_prefix_is_within_the_bound_while_weights_ramp(seed: int) -> None:
+    rng = random.Random(seed)
+    K, per_step, from_step = 2 + seed % 11, rng.choice([1, 2, 5, 16]), rng.randint(0, 30)
+    weights = random_weights(rng, K)
+    mixture = Mixture(weights=weights, from_step=from_step, samples_per_step=per_step)
+    sources, ordinals = mixture.sources_of(0, 1200)
+    exact = exact_shares(weights, from_step, 1200, per_step)
+    assert worst_break(sources.tolist(), exact, K) <= 1
+    for k in range(K):
+        assert ordinals[sources == k].tolist() == list(range(int((sources == k).sum())))
+    for position in rng.sample(range(1201), 20):
+        expected = np.bincount(sources[:position], minlength=K).tolist()
+        assert list(mixture.counts_at(position)) == expected
+
+
+def test_floor_and_largest_remainder_breaks_the_bound() -> None:
+    """A negative control: the scheme that looks right, under the same test."""
+
+    def naive(exact: Sequence[Sequence[int]], K: int) -> list[int]:
+        counts = [0] * K
+        chosen = []
+        for shares in exact:
+            behind = [share - count * PPM for share, count in zip(shares, counts, strict=True)]
+            source = behind.index(max(behind))
+            counts[source] += 1
+            chosen.append(source)
+        return chosen
+
+    broken = 0
+    for seed in range(60):
+        rng = random.Random(seed)
+        K = 2 + seed % 11
+        exact = exact_shares(random_weights(rng, K), 0, 1200, 5)
+        broken += worst_break(naive(exact, K), exact, K) > 1
+    assert broken > 0
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("seed", range(20))
+def test_far_positions_equal_those_reached_one_by_one(seed: int) -> None:
+    """Weights with a short period, so that many periods lie within reach."""
+    rng = random.Random(seed)
+    K = rng.randint(2, 5)
+    ends = [rng.randint(1, 9) * 12_500 for _ in range(K - 1)]
+    tail = [*ends, PPM - sum(ends)]
+    weights = [[(0, rng.randint(0, PPM)), (rng.randint(1, 40), end)] for end in tail]
+    last = max(points[-1][0] for points in weights)
+    mixture = Mixture(weights=weights, from_step=0, samples_per_step=3)
+    assert mixture._shares.period <= 80
+    sources, ordinals = mixture.sources_of(0, 4000)
+    assert worst_break(sources.tolist(), exact_shares(weights, 0, 4000, 3), K) <= 1
+    unfolded = Mixture(weights=weights, from_step=0, samples_per_step=3)
+    unfolded._folded = lambda samples: (samples, (0,) * K)  # type: ignore[method-assign]
+    assert np.array_equal(unfolded.sources_of(0, 4000)[0], sources)
+    for _ in range(30):
+        lo = rng.randint(0, 3990)
+        fresh = Mixture(weights=weights, from_step=0, samples_per_step=3)
+        some, some_ordinals = fresh.sources_of(lo, lo + 10)
+        assert np.array_equal(some, sources[lo : lo + 10]), (lo, last)
+        assert np.array_equal(some_ordinals, ordinals[lo : lo + 10])
+
+
+def test_a_constant_mixture_is_exact_after_its_period_however_far() -> None:
+    mixture = Mixture(weights=[[(0, 1)], [(0, 2)]], from_step=0, samples_per_step=7)
+    assert mixture.counts_at(3 * 10**18) == (999_999 * 10**12, 2_000_001 * 10**12)
+    sources, ordinals = mixture.sources_of(10**15, 10**15 + 6)
+    again, later = mixture.sources_of(10**15 + PPM, 10**15 + PPM + 6)
+    assert np.array_equal(sources, again)
+    assert (later > ordinals).all()
+
+
+def test_one_source_is_constant() -> None:
+    mixture = Mixture(weights=[[(5, 3), (9, 8)]], from_step=2, samples_per_step=4)
+    sources, ordinals = mixture.sources_of(10**9, 10**9 + 3)
+    assert sources.tolist() == [0, 0, 0]
+    assert ordinals.tolist() == [10**9, 10**9 + 1, 10**9 + 2]
+    assert mixture.counts_at(123) == (123,)
+
+
+def test_a_source_of_weight_zero_is_never_drawn() -> None:
+    mixture = Mixture(weights=[[(0, 0)], [(0, 1)], [(0, 2)]], from_step=0, samples_per_step=4)
+    assert mixture.counts_at(70_000)[0] == 0
+
+
+def test_shares_sum_to_a_million_and_follow_the_lines_within_one() -> None:
+    weights = [[(0, 900_000), (1000, 100_000)], [(200, 0), (700, 900_001)], [(0, 7)]]
+    table = shares_of_steps(weights, 0, 1100)
+    assert (table.sum(axis=1) == PPM).all()
+    for step in (0, 199, 200, 450, 700, 999, 1000, 1099):
+        lines = np.array([np.interp(step, *zip(*points, strict=True)) for points in weights])
+        assert np.abs(table[step] - lines / lines.sum() * PPM).max() <= 1 + 1e-6  # float's own
+
+
+def test_shares_of_huge_weights_do_not_overflow() -> None:
+    big = [[(0, 10**12), (999_983, 1)], [(0, 1), (999_979, 10**12)]]
+    small = [[(0, 10**6), (999_983, 0)], [(0, 0), (999_979, 10**6)]]
+    wide, narrow = (shares_of_steps(weights, 4321, 4400) for weights in (big, small))
+    assert np.abs(wide - narrow).max() <= 1
+
+
+def test_anchors_give_the_same_mixture_without_going_through_the_ramp() -> None:
+    weights = [[(0, 900_000), (3000, 100_000)], [(0, 100_000), (3000, 900_000)]]
+    whole = Mixture(weights=weights, from_step=0, samples_per_step=64)
+    anchors = whole.anchors()
+    assert len(anchors) == 3000 * 64 // 65_536 + 1
+    quick = Mixture(weights=weights, from_step=0, samples_per_step=64, anchors=anchors)
+    for got, expected in zip(
+        quick.sources_of(190_000, 190_100), whole.sources_of(190_000, 190_100), strict=True
+    ):
+        assert np.array_equal(got, expected)
+    assert set(quick._blocks) == {190_000 // 65_536}
+
+
+def test_anchors_of_another_mixture_are_refused() -> None:
+    with pytest.raises(ValueError, match="not of this mixture"):
+        Mixture(
+            weights=[[(0, 1)], [(0, 1)]],
+            from_step=0,
+            samples_per_step=1,
+            anchors=[(0, 0), (65_536, 0)],
+        )
+
+
+def test_the_assignment_is_frozen() -> None:
+    mixture = Mixture(
+        weights=[[(0, 900_000), (500, 200_000)], [(100, 0), (500, 500_000)], [(0, 100_000)]],
+        from_step=10,
+        samples_per_step=6,
+    )
+    sources, ordinals = mixture.sources_of(0, 70_000)
+    digest = sha256_hex(sources.astype("<i8").tobytes() + ordinals.astype("<i8").tobytes())
+    assert sources[:20].tolist() == [0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0]
+    assert digest == "ffb71e81c8086d9342d9ef335e7a0a049df822a1863badf38a60008f34e8e7eb"
