@@ -1,0 +1,268 @@
+"""Repeats the optimizer step until the run is complete or a process is asked to stop.
+
+After every step, in this order: evaluation, samples, metrics, save. A save at step S is therefore
+preceded by everything that step S has to say, and a resume from S begins with step S + 1.
+"""
+
+import json
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from data_service.batches import Batches
+from data_service.tokenizer import Tokenizer
+from storage.errors import ConfigurationError, StoreUnavailableError
+from trainer.evaluate import evaluate
+from trainer.sample import sample
+from trainer.step import StepResult, TrainStep
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoopConfig:
+    """What happens between steps, and how often. 0 switches an interval off."""
+
+    eval_interval_steps: int = 200
+    eval_windows: int = 64
+    """Held-out windows of each source."""
+    eval_micro_batch_size: int = 16
+    sample_interval_steps: int = 600
+    sample_tokens: int = 120
+    sample_temperature: float = 0.7
+    sample_prompts: tuple[str, ...] = ("def __init__(self", "The ")
+    log_interval_steps: int = 50
+    save_interval_steps: int = 200
+
+    def __post_init__(self) -> None:
+        if self.eval_windows < 1 or self.eval_micro_batch_size < 1 or self.log_interval_steps < 1:
+            raise ConfigurationError(
+                "eval_windows, eval_micro_batch_size and log_interval_steps must be at least 1; "
+                f"got {self.eval_windows}, {self.eval_micro_batch_size}, {self.log_interval_steps}"
+            )
+        intervals = (self.eval_interval_steps, self.sample_interval_steps, self.save_interval_steps)
+        if min(intervals) < 0:
+            raise ConfigurationError(f"an interval cannot be negative; got {min(intervals)}")
+        if self.sample_temperature < 0.0:
+            raise ConfigurationError(
+                f"sample_temperature cannot be negative; got {self.sample_temperature}"
+            )
+
+
+class Rows(Protocol):
+    """Where this process's rows of each global batch come from."""
+
+    def next(self, step: int) -> Any:
+        """(rows, T + 1) int64, a numpy array."""
+
+
+class Announce(Protocol):
+    """Told every phase that the program enters; knows the step by `step`."""
+
+    step: int
+
+    def __call__(self, phase: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Surroundings:
+    """What the loop is given by `launch`.
+
+    `record` takes the row of a step and `flush` lets people see the rows so far; both do nothing
+    on ranks other than 0. `save(step, validation_loss, healthy)` returns whether the checkpoint was
+    committed, the same on every rank. `flush` and `save` raise FencedError when a later incarnation
+    owns the run.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+    gather: Callable[[Any], list[Any]]
+    announce: Announce
+    stop_requested: Callable[[], bool]
+    record: Callable[[dict[str, Any]], None]
+    flush: Callable[[], None]
+    save: Callable[[int, float | None, bool], bool]
+
+
+class Loop:
+    """The rest of a run, from `step` finished steps on. `position` is the next batch's number."""
+
+    def __init__(
+        self,
+        training: TrainStep,
+        batches: Batches,
+        rows: Rows,
+        around: Surroundings,
+        config: LoopConfig,
+        *,
+        seed: int,
+        max_steps: int,
+    ) -> None:
+        self._training = training
+        self._batches = batches
+        self._rows = rows
+        self._around = around
+        self._config = config
+        self._seed = seed
+        self._max_steps = max_steps
+        self._validation = held_out(batches, config.eval_windows)
+        self._healthy = True
+
+    def run(self, step: int, position: int) -> bool:
+        """Go on to the end. False when a process was asked to stop; the state is then saved."""
+        around, config = self._around, self._config
+        speed = _Speed(self._batches, self._max_steps, step)
+        while step < self._max_steps:
+            around.announce.step = step
+            around.announce("step")
+            rows = torch.from_numpy(self._rows.next(position)).to(around.device)
+            result = self._training.run(
+                step, rows, stop_requested=around.stop_requested, announce=around.announce
+            )
+            step, position = step + 1, position + 1
+            around.announce.step = step
+            self._healthy = self._healthy and math.isfinite(result.loss)
+            last = step == self._max_steps
+            row = self._row(step, result, speed, last=last)
+            around.record(row)
+            if step % config.log_interval_steps == 0 or last:
+                self._log(row, speed)
+            if _due(step, config.save_interval_steps) or last or result.stop:
+                self._save(step, row.get("validation_loss"), must=last or result.stop)
+            if result.stop and not last:
+                return False
+        return True
+
+    def _row(self, step: int, result: StepResult, speed: "_Speed", *, last: bool) -> dict[str, Any]:
+        """What step `step` says of itself; evaluation and samples where they are due."""
+        row: dict[str, Any] = {
+            "step": step,
+            "loss": result.loss,
+            "learning_rate": result.learning_rate,
+            "gradient_norm": result.gradient_norm,
+            "tokens_per_second": round(speed.of_last_step(step), 1),
+        }
+        config = self._config
+        if _due(step, config.eval_interval_steps) or (last and config.eval_interval_steps):
+            row |= self._evaluate(step)
+        if _due(step, config.sample_interval_steps) or (last and config.sample_interval_steps):
+            self._around.announce("sample")
+            if self._around.rank == 0:
+                row["samples"] = self._samples(step)
+        speed.restart()
+        return row
+
+    def _evaluate(self, step: int) -> dict[str, float]:
+        windows, sources = self._validation
+        around = self._around
+        found = evaluate(
+            self._training.model,
+            self._training.forward,
+            windows,
+            sources,
+            micro_batch_size=self._config.eval_micro_batch_size,
+            precision=self._training.precision,
+            device=around.device,
+            rank=around.rank,
+            world_size=around.world_size,
+            gather=around.gather,
+            announce=around.announce,
+        )
+        logger.info(
+            "step %d: validation loss %.4f, perplexity %.2f",
+            step,
+            found["validation_loss"],
+            found["validation_perplexity"],
+        )
+        return found
+
+    def _samples(self, step: int) -> list[dict[str, str]]:
+        tokenizer: Tokenizer = self._batches.tokenizer
+        samples = []
+        for number, prompt in enumerate(self._config.sample_prompts):
+            ids = sample(
+                self._training.model,
+                [int(token) for token in tokenizer.encode(prompt)],
+                tokens=self._config.sample_tokens,
+                temperature=self._config.sample_temperature,
+                end_of_text=tokenizer.end_of_text,
+                key=(self._seed, step, number),
+                precision=self._training.precision,
+                device=self._around.device,
+            )
+            response = tokenizer.decode(ids)
+            samples.append({"prompt": prompt, "response": response})
+            logger.info("step %d: sample %s", step, json.dumps(prompt + response))
+        return samples
+
+    def _log(self, row: dict[str, Any], speed: "_Speed") -> None:
+        """Tell people, and let TensorBoard see; never after a later incarnation has claimed."""
+        self._around.flush()
+        logger.info(
+            "step %d/%d  loss %.4f  rate %.2e  norm %.2f  %s",
+            row["step"],
+            self._max_steps,
+            row["loss"],
+            row["learning_rate"],
+            row["gradient_norm"],
+            speed.summary(row["step"]),
+        )
+
+    def _save(self, step: int, validation_loss: float | None, *, must: bool) -> None:
+        """Save; where the process ends with it, a save that failed is an error."""
+        saved = self._around.save(step, validation_loss, self._healthy)
+        if not saved and must:
+            raise StoreUnavailableError(
+                f"step {step} could not be saved; what was committed before is safe. Start again "
+                "with the same command when the store works"
+            )
+        if saved:
+            self._healthy = True
+
+
+def held_out(batches: Batches, windows: int) -> tuple[Tensor, list[str]]:
+    """The validation windows of all sources, (W, T + 1) int64, and the source of each."""
+    by_source = batches.validation_rows(windows)
+    parts = [torch.from_numpy(rows) for rows in by_source.values()]
+    names = [name for name, rows in by_source.items() for _ in range(len(rows))]
+    return torch.cat(parts), names
+
+
+def _due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0
+
+
+class _Speed:
+    """Tokens per second of steps alone, and what is left at the pace of the whole start."""
+
+    def __init__(self, batches: Batches, max_steps: int, step: int) -> None:
+        self._tokens = batches.global_batch_size * batches.context
+        self._max_steps = max_steps
+        self._first = step
+        self._begun = self._last = time.monotonic()
+        self._busy = 0.0
+        self._steps = 0
+
+    def of_last_step(self, step: int) -> float:
+        seconds = max(1e-9, time.monotonic() - self._last)
+        self._busy += seconds
+        self._steps += 1
+        return self._tokens / seconds
+
+    def restart(self) -> None:
+        self._last = time.monotonic()
+
+    def summary(self, step: int) -> str:
+        per_second = self._tokens * self._steps / max(1e-9, self._busy)
+        elapsed = time.monotonic() - self._begun
+        left = int(elapsed / (step - self._first) * (self._max_steps - step))
+        self._busy, self._steps = 0.0, 0
+        minutes, seconds = divmod(left, 60)
+        return f"{per_second:,.0f} tokens/s  ETA {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

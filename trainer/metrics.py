@@ -1,0 +1,114 @@
+"""The curves of a run: `metrics.jsonl`, one line a step, and TensorBoard events.
+
+One continuous curve over restarts. Rows wait in memory until `flush`, which comes before every
+commit; a new incarnation drops the rows after the step that it resumes from. A stale incarnation
+cannot spoil the curve: `metrics.jsonl` is a new file for each incarnation, and event files are read
+in the order of generations, each of which begins by purging what it will write again.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import summary
+
+from storage.errors import StoreUnavailableError
+
+_NOT_CURVES = ("step", "time", "samples")
+
+
+class Metrics:
+    """Writes the curves of one incarnation below a folder. For rank 0 only."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        generation: int,
+        step: int,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._wall_clock = wall_clock
+        self._rows: list[dict[str, Any]] = []
+        events = folder / "tensorboard"
+        try:
+            events.mkdir(parents=True, exist_ok=True)
+            self._lines = _reopen(folder / "metrics.jsonl", step)
+            name = f"events.out.tfevents.{generation:010d}.rangeflow"
+            self._events = open(events / name, "xb")  # noqa: SIM115
+        except OSError as error:
+            raise StoreUnavailableError(f"{folder}: {error.strerror}") from error
+        self._records = RecordWriter(self._events)
+        self._record(Event(file_version="brain.Event:2"))
+        start = SessionLog(status=SessionLog.START)
+        self._record(Event(session_log=start, step=step + 1))
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._lines.close()
+        self._events.close()
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Remember the row of one step. Its `step` counts finished steps."""
+        self._rows.append({**row, "time": round(self._wall_clock(), 3)})
+
+    def flush(self) -> None:
+        """Write the rows that wait. Raises StoreUnavailableError when the disk refuses."""
+        rows, self._rows = self._rows, []
+        try:
+            for row in rows:
+                self._lines.write(json.dumps(row) + "\n")
+                self._write_events(row)
+            for file in (self._lines, self._events):
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StoreUnavailableError(f"metrics: {error.strerror}") from error
+
+    def _write_events(self, row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name not in _NOT_CURVES:
+                scalar = summary.scalar(name, value)  # type: ignore[no-untyped-call]
+                self._record(Event(summary=scalar), row)
+        for number, one in enumerate(row.get("samples", [])):
+            content = f"{one['prompt']}**|**{one['response']}"
+            text = summary.text(f"sample/{number}", content)  # type: ignore[no-untyped-call]
+            self._record(Event(summary=text), row)
+
+    def _record(self, event: Event, row: dict[str, Any] | None = None) -> None:
+        event.wall_time = row["time"] if row else self._wall_clock()
+        if row:
+            event.step = row["step"]
+        self._records.write(event.SerializeToString())
+
+
+def _reopen(path: Path, step: int) -> Any:
+    """A new file in the place of `path`, with its rows up to `step`, open for appending."""
+    kept: list[str] = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue  # the last line of a killed process, half written
+    temporary = path.with_name(".metrics.jsonl.new")
+    with open(temporary, "w") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    return open(path, "a")

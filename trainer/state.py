@@ -1,0 +1,134 @@
+"""Training state as a checkpoint holds it, and back: one function for each part.
+
+Every part is named in exactly one place for saving and one for restoring; a missing or an
+unexpected item is an error, never a default.
+"""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from checkpointing.load import Loaded
+from checkpointing.save import TrainingState
+from data_service.batches import Batches
+from storage.errors import IntegrityError
+from trainer.model import GPT
+from trainer.optimizer import load_optimizer_state, optimizer_state
+from trainer.step import TrainStep
+
+
+def capture(training: TrainStep, *, step: int, batches: Batches, seed: int) -> TrainingState:
+    """The state after `step` finished steps. Its tensors are not copies."""
+    names: dict[Tensor, str] = {p: name for name, p in training.model.named_parameters()}
+    tensors, numbers = optimizer_state(training.optimizer, names)
+    model = training.model.state_dict()
+    return TrainingState(
+        tensors={f"model.{name}": tensor for name, tensor in model.items()}
+        | {f"optimizer.{name}": tensor for name, tensor in tensors.items()},
+        exact={
+            "step": step,
+            "cursor": batches.cursor(step),
+            "scaler": training.scaler.state_dict(),
+            "seed": seed,
+            "optimizer": numbers,
+        },
+        extra={
+            "generators": generators(),
+            "vocab_size": batches.vocab_size,
+            "tokenizer": batches.tokenizer.spec(),
+        },
+    )
+
+
+def restore_state(training: TrainStep, loaded: Loaded, *, batches: Batches, seed: int) -> int:
+    """Put everything back; returns the number of finished steps. Generators come last."""
+    exact = loaded.exact
+    expected = {"step", "cursor", "scaler", "seed", "optimizer"}
+    if exact.keys() != expected:
+        raise IntegrityError(f"the checkpoint holds {sorted(exact)}, expected {sorted(expected)}")
+    if exact["seed"] != seed:
+        raise IntegrityError(f"the checkpoint is of seed {exact['seed']}, the run of seed {seed}")
+    restore_model(training.model, _part(loaded.tensors, "model."))
+    restore_optimizer(training, _part(loaded.tensors, "optimizer."), exact["optimizer"])
+    restore_scaler(training.scaler, exact["scaler"])
+    restore_generators(loaded.extra["generators"])
+    return int(exact["step"])
+
+
+def resume_position(batches: Batches, exact: Mapping[str, Any]) -> int:
+    """The step whose batch comes next, from the cursor, which is recomputed and compared."""
+    return batches.check_cursor(exact["cursor"])
+
+
+def restore_model(model: GPT, tensors: Mapping[str, Tensor]) -> None:
+    """Load the weights, every one and no other."""
+    own = model.state_dict()
+    if own.keys() != tensors.keys():
+        names = ", ".join(sorted(own.keys() ^ tensors.keys())[:5])
+        raise IntegrityError(f"the checkpoint and the model do not have the same weights: {names}")
+    for name, tensor in own.items():
+        if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
+            raise IntegrityError(
+                f"{name} is {tensors[name].dtype} {list(tensors[name].shape)} in the checkpoint, "
+                f"expected {tensor.dtype} {list(tensor.shape)}"
+            )
+        tensor.copy_(tensors[name])
+
+
+def restore_optimizer(
+    training: TrainStep, tensors: Mapping[str, Tensor], numbers: Mapping[str, int | float]
+) -> None:
+    """Load the moments and the counters of the optimizer."""
+    parameters = dict(training.model.named_parameters())
+    load_optimizer_state(training.optimizer, parameters, tensors, numbers)
+
+
+def restore_scaler(scaler: torch.amp.GradScaler, state: Mapping[str, Any]) -> None:
+    """Load the loss scale and how long it has been good."""
+    if bool(state) != scaler.is_enabled():
+        raise IntegrityError("the checkpoint and the run do not agree on whether a scaler is used")
+    scaler.load_state_dict(dict(state))
+
+
+def generators() -> dict[str, Any]:
+    """States of the generators of torch (CPU and GPU), numpy and Python, as JSON.
+
+    No bit of a run depends on them; they are kept for what users add.
+    """
+    numpy: Any = np.random.get_state(legacy=True)
+    _, keys, position, has_gauss, cached = numpy
+    version, internal, gauss = random.getstate()
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available():
+        states += torch.cuda.get_rng_state_all()
+    return {
+        "torch": [state.numpy().tobytes().hex() for state in states],
+        "numpy": [keys.tobytes().hex(), int(position), int(has_gauss), float(cached)],
+        "python": [version, list(internal), gauss],
+    }
+
+
+def restore_generators(states: Mapping[str, Any]) -> None:
+    """Put back what `generators` gave; states of GPUs that are not here are left out."""
+    cpu, *gpus = [_bytes_tensor(text) for text in states["torch"]]
+    torch.set_rng_state(cpu)
+    if torch.cuda.is_available():
+        for device, state in enumerate(gpus[: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, device)
+    keys, position, has_gauss, cached = states["numpy"]
+    words = np.frombuffer(bytes.fromhex(keys), dtype=np.uint32)
+    np.random.set_state(("MT19937", words, position, has_gauss, cached))
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+def _bytes_tensor(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
