@@ -1,0 +1,67 @@
+"""Builds what trains: the model, its optimizer, and the step, from a settled configuration."""
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from data_service.batches import Batches
+from launch.config import RunConfig
+from launch.world import World
+from storage.errors import ConfigurationError
+from trainer.model import initial_model, padded_vocabulary, parameter_count
+from trainer.numerics import make_scaler, resolve_precision, set_up_numerics
+from trainer.optimizer import make_optimizer
+from trainer.reduction import GradientReducer, hosted_range
+from trainer.step import StepSettings, TrainStep, gradient_length
+
+logger = logging.getLogger(__name__)
+
+
+def settled(config: RunConfig, world: World) -> RunConfig:
+    """The configuration with `auto` values resolved for this world. Refuses too large a world."""
+    if world.size > config.batch.virtual_ranks:
+        raise ConfigurationError(
+            f"{world.size} processes cannot share {config.batch.virtual_ranks} virtual ranks: "
+            f"start at most {config.batch.virtual_ranks}, or a new run with more --virtual_ranks"
+        )
+    precision = resolve_precision(config.numerics.precision, world.device)
+    return replace(config, numerics=replace(config.numerics, precision=precision))
+
+
+def build_training(config: RunConfig, world: World, batches: Batches) -> TrainStep:
+    """The step, with the model as a run begins, compiled if so configured."""
+    set_up_numerics(config.numerics, world.device)
+    model = initial_model(config.model, batches.vocab_size, config.seed).to(world.device)
+    forward = torch.compile(model) if config.numerics.compile else model
+    precision = resolve_precision(config.numerics.precision, world.device)
+    reducer = GradientReducer(
+        gradient_length(model),
+        virtual_ranks=config.batch.virtual_ranks,
+        rank=world.rank,
+        size=world.size,
+        device=world.device,
+        exact=config.numerics.reduction == "exact",
+    )
+    settings = StepSettings(
+        batch=config.batch,
+        schedule=config.schedule,
+        precision=precision,
+        clip_norm=config.optimizer.clip_norm,
+        seed=config.seed,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    logger.info(
+        "%s parameters, vocabulary %d (padded to %d), %s, %d of %d virtual ranks here, on %s",
+        f"{parameter_count(config.model, batches.vocab_size):,}",
+        batches.vocab_size,
+        padded_vocabulary(batches.vocab_size),
+        precision,
+        len(range(*hosted_range(world.rank, world.size, config.batch.virtual_ranks))),
+        config.batch.virtual_ranks,
+        world.device,
+    )
+    optimizer = make_optimizer(model, config.optimizer)
+    scaler = make_scaler(precision, world.device)
+    return TrainStep(model, forward, optimizer, scaler, reducer, settings)

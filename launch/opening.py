@@ -1,0 +1,163 @@
+"""Opens a run for training: the store is probed, the configuration compared, the run claimed."""
+
+import json
+import logging
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from checkpointing.history import History, history
+from checkpointing.incarnation import Incarnation, claim_run
+from launch.config import RunConfig, fields_of_kind
+from launch.phase import Phase
+from launch.world import World, fingerprint
+from storage.canonical import canonical_json
+from storage.errors import ConfigurationError, FencedError, RangeFlowError, RunBusyError
+from storage.errors import StoreUnavailableError as Unavailable
+from storage.log import Log
+from storage.probe import probe
+from storage.store import Store
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+_RUN_KEY = "run.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpenRun:
+    """A run that this process works on. Only rank 0 has the incarnation."""
+
+    complete: bool
+    generation: int
+    incarnation: Incarnation | None
+
+
+def open_run(store: Store, config: RunConfig, world: World, announce: Phase) -> OpenRun:
+    """Probe the store, compare the configuration, and claim the run, on rank 0 for all.
+
+    A run that has reached its last step is complete, and is not claimed. Every error of rank 0 is
+    raised on every rank.
+    """
+    incarnation: Incarnation | None = None
+    outcome: dict[str, Any] = {}
+    failure: RangeFlowError | None = None
+    if world.rank == 0:
+        try:
+            incarnation = _open(store, config, world, announce)
+            generation = incarnation.generation if incarnation else 0
+            outcome = {"complete": incarnation is None, "generation": generation}
+        except RangeFlowError as error:
+            failure = error
+            outcome = {"error": type(error).__name__, "message": str(error)}
+    outcome = world.broadcast(outcome)
+    if failure is not None:
+        raise failure
+    if "error" in outcome:
+        kinds = {kind.__name__: kind for kind in (FencedError, RunBusyError, Unavailable)}
+        raise kinds.get(outcome["error"], ConfigurationError)(outcome["message"])
+    return OpenRun(
+        complete=outcome["complete"],
+        generation=outcome["generation"],
+        incarnation=incarnation,
+    )
+
+
+def _open(store: Store, config: RunConfig, world: World, announce: Phase) -> Incarnation | None:
+    announce("open")
+    run = _read_run(store)
+    if run is None:
+        if not config.allow_unfenced_store:
+            probe(store)
+        run = _create_run(store, config)
+    log = Log(store)
+    past = history(log.refresh())
+    changes = _accepted_changes(run, past, config)
+    if past.end is not None and past.end.body["step"] >= config.schedule.max_steps:
+        logger.info(
+            "the run is complete: %d steps, digest %s. A larger --max_steps continues it",
+            past.end.body["step"],
+            past.end.body["digest"],
+        )
+        return None
+    body = {
+        "run": run["run"],
+        "job": world.job,
+        "world_size": world.size,
+        "fingerprint": fingerprint(world.device),
+        "schedule": fields_of_kind(config, "schedule"),
+        "accepted_changes": changes,
+    }
+    _tell_what_changed(past, body)
+    announce("claim")
+    return claim_run(store, log, body=body, take_over=config.take_over)
+
+
+def _read_run(store: Store) -> dict[str, Any] | None:
+    """What run.json says, or None when the place is empty. Anything else there is refused."""
+    try:
+        run: dict[str, Any] = json.loads(store.get(_RUN_KEY))
+    except ValueError as error:
+        raise ConfigurationError(f"{store.url}/{_RUN_KEY} is damaged: {error}") from error
+    except FileNotFoundError:
+        found = [key for key in store.list("") if not key.startswith("probe/")]
+        if found:
+            raise ConfigurationError(
+                f"{store.url} holds something that is not a run ({found[0]}"
+                f"{' and more' if len(found) > 1 else ''}); give --run an empty or a new place"
+            ) from None
+        return None
+    if run.get("format") != FORMAT:
+        raise ConfigurationError(
+            f"{store.url} has format {run.get('format')}; this version reads {FORMAT}"
+        )
+    return run
+
+
+def _create_run(store: Store, config: RunConfig) -> dict[str, Any]:
+    run = {
+        "format": FORMAT,
+        "run": uuid.uuid4().hex,
+        "identity": fields_of_kind(config, "identity"),
+    }
+    store.put_if_absent(_RUN_KEY, canonical_json(run))
+    created: dict[str, Any] = json.loads(store.get(_RUN_KEY))
+    return created
+
+
+def _accepted_changes(run: dict[str, Any], past: History, config: RunConfig) -> dict[str, Any]:
+    """Identity fields that differ and were accepted; others are refused by name."""
+    identity = dict(run["identity"])
+    for claim in past.claim_records:
+        identity |= claim.body["accepted_changes"]
+    wanted = fields_of_kind(config, "identity")
+    changed = {name: value for name, value in wanted.items() if identity.get(name) != value}
+    accepted = {name.replace("-", "_") for name in config.accept_change}
+    for name, value in changed.items():
+        short = name.rpartition(".")[2]
+        if name not in accepted and short not in accepted:
+            raise ConfigurationError(
+                f"{short} decides bits: the run has {identity.get(name)!r}, this start asks for "
+                f"{value!r}. Start anew with --run runs/other, or pass --accept_change {short}, "
+                "and exactness ends there"
+            )
+        logger.warning("%s changes from %r to %r: exact up to here", name, identity[name], value)
+    return changed
+
+
+def _tell_what_changed(past: History, body: dict[str, Any]) -> None:
+    """Warn of another device or torch, which may change bits, and name a new schedule."""
+    if past.claim is None:
+        return
+    before = past.claim.body
+    for name, value in body["fingerprint"].items():
+        if before["fingerprint"].get(name) != value:
+            logger.warning(
+                "%s was %s and is %s: the bits may differ from here on",
+                name,
+                before["fingerprint"].get(name),
+                value,
+            )
+    for name, value in body["schedule"].items():
+        if before["schedule"].get(name) != value:
+            logger.info("%s changes from %s to %s", name, before["schedule"].get(name), value)

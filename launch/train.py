@@ -1,0 +1,108 @@
+"""Trains a GPT, or goes on with a run that was interrupted: there is one way in, resume.
+
+Read it top to bottom: install the notice, parse, join the world, claim the run, open the data,
+build, restore, train, leave with an exit code (`launch/exit_codes.py`).
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if __name__ == "__main__":  # torchrun runs this file, with `launch/` in front of the path
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from launch.exit_codes import COMPLETE, PERMANENT, START_AGAIN, exit_code
+from launch.notice import Notice
+from launch.phase import Phase
+
+if TYPE_CHECKING:
+    from launch.config import RunConfig
+
+Listener = Callable[[str, int], None]
+
+
+def main(arguments: Sequence[str] | None = None, listener: Listener | None = None) -> int:
+    """Train to the end, or as far as it goes; returns the exit code.
+
+    `listener` hears each phase that is entered, with the number of finished steps.
+    """
+    with Notice() as notice:  # before torch is imported, which takes seconds
+        try:
+            from launch.config import command_line, parse_config
+
+            config = parse_config(command_line() if arguments is None else arguments)
+            return train(config, notice, Phase(listener))
+        except SystemExit as stop:  # --help, or a flag that does not exist
+            return PERMANENT if stop.code else COMPLETE
+        except Exception as error:
+            return exit_code(error)
+
+
+def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
+    """One incarnation: from the claim to the exit code."""
+    from checkpointing.beats import Beats
+    from checkpointing.restore import restore
+    from checkpointing.retention import sweep
+    from data_service.loader import Loader
+    from launch.build import build_training, settled
+    from launch.data import open_batches
+    from launch.logs import set_up_logging
+    from launch.opening import open_run
+    from launch.running import Keeper, finish, open_metrics, surroundings
+    from launch.world import joined_world
+    from storage.store import open_store
+    from trainer.loop import Loop
+    from trainer.state import restore_state, resume_position
+
+    with ExitStack() as stack:
+        world = stack.enter_context(joined_world())
+        set_up_logging(world.rank, phase)
+        config = settled(config, world)
+        store = open_store(config.run)
+
+        run = open_run(store, config, world, phase)
+        if run.complete:
+            return COMPLETE
+        owner = run.incarnation  # None on every rank but 0
+        beats = Beats(store, owner, phase.place) if owner else None
+        if beats is not None:
+            stack.enter_context(beats)
+
+        batches = open_batches(config, world, owner, phase)
+        training = build_training(config, world, batches)
+
+        step, position, parent = 0, 0, None
+        loaded = restore(store, owner, world, announce=phase)
+        if loaded is not None:
+            step = restore_state(training, loaded, batches=batches, seed=config.seed)
+            position = resume_position(batches, loaded.exact)
+            parent = loaded.checkpoint.index
+        if owner is not None:
+            sweep(store, owner)
+
+        metrics = open_metrics(config, store, run.generation, step, stack) if owner else None
+        keeper = Keeper(config, world, store, owner, metrics, training, batches, phase, parent)
+        mine = config.batch.rows_of(world.rank, world.size)
+        rows = Loader(batches, [(mine.start, mine.stop)], start_step=position)
+        stack.enter_context(rows)
+
+        loop = Loop(
+            training,
+            batches,
+            rows,
+            surroundings(world, keeper, notice, phase, beats),
+            config.loop,
+            seed=config.seed,
+            max_steps=config.schedule.max_steps,
+        )
+        if not loop.run(step, position):
+            return START_AGAIN
+        if owner is not None:
+            finish(owner)
+        return COMPLETE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The processes of this incarnation: who they are, their device, and what they tell each other."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=30)
+"""How long a collective waits: longer than preparing a corpus or loading a large checkpoint."""
+
+
+class World:
+    """This process's place in the world; a `Group` for checkpointing.
+
+    Values travel as JSON over gloo, beside the training collectives.
+    """
+
+    def __init__(self, rank: int, size: int, device: torch.device, job: str) -> None:
+        self.rank = rank
+        self.size = size
+        self.device = device
+        self.job = job
+        self._control = dist.new_group(backend="gloo", timeout=TIMEOUT) if size > 1 else None
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, by rank, to every process."""
+        if self._control is None:
+            return [value]
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        dist.all_gather_into_tensor(sizes, torch.tensor([len(data)]), group=self._control)
+        longest = int(sizes.max())
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: len(data)] = data
+        everything = torch.empty(self.size * longest, dtype=torch.uint8)
+        dist.all_gather_into_tensor(everything, padded, group=self._control)
+        parts = everything.view(self.size, longest)
+        return [
+            json.loads(part[: int(size)].numpy().tobytes())
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+
+    def broadcast(self, value: Any) -> Any:
+        """The value of rank 0, to every process."""
+        return self.gather(value if self.rank == 0 else None)[0]
+
+
+@contextmanager
+def joined_world() -> Iterator[World]:
+    """Join the processes that torchrun started, or be a world of one without it."""
+    # cuBLAS is deterministic only with a fixed workspace, read when CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    rank = int(os.environ.get("RANK", "0"))
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    device = _device(int(os.environ.get("LOCAL_RANK", "0")))
+    if size > 1:
+        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    try:
+        yield World(rank, size, device, job)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def fingerprint(device: torch.device) -> dict[str, str]:
+    """What decides bits and is not configuration: the hardware's kind and torch's version."""
+    if device.type == "cuda":
+        kind = torch.cuda.get_device_name(device)
+    else:
+        kind = f"cpu {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": kind, "torch": torch.__version__}
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
