@@ -1,1 +1,61 @@
 """Fixtures that more than one test file uses."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from data_service.inputs import MemoryCorpus
+from data_service.preparation import prepare
+from data_service.tokenizer import make_tokenizer
+from storage.store import open_store
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Flags for two small sources of bytes: numbers as digits, and letters at random."""
+    folder = tmp_path_factory.mktemp("sources")
+    random = np.random.Generator(np.random.PCG64(7))
+    numbers = [" ".join(str(n * k) for n in range(400)) for k in range(1, 60)]
+    letters = ["".join(random.choice(list("etaoin shrdlu\n"), 2000)) for _ in range(60)]
+    for name, texts in (("numbers", numbers), ("letters", letters)):
+        documents = [(f"{name}{i}", text) for i, text in enumerate(texts)]
+        prepare(
+            MemoryCorpus(documents),
+            open_store(str(folder / name)),
+            make_tokenizer("bytes"),
+            shard_tokens=20_000,
+            validation_permille=100,
+        )
+    return (f"--data=numbers={folder}/numbers:2", f"--data=letters={folder}/letters:1")
+
+
+class Interrupted(BaseException):
+    """Raised by a listener to leave the program in the middle; no kill, and not called one."""
+
+
+@pytest.fixture
+def interrupt() -> Callable[[str, int], Callable[[str, int], None]]:
+    """A listener that leaves the program when it enters a phase for the nth time."""
+
+    def make(phase: str, nth: int) -> Callable[[str, int], None]:
+        entered = 0
+
+        def listener(name: str, step: int) -> None:
+            nonlocal entered
+            entered += name == phase
+            if name == phase and entered == nth:
+                raise Interrupted
+
+        return listener
+
+    return make
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """The program sets the number of threads; a test leaves it as it was."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -1,0 +1,285 @@
+"""Preparation: all that goes in comes out, killed or not, and duplicates stay on one side."""
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_service.inputs import FileCorpus, MemoryCorpus
+from data_service.preparation import prepare
+from data_service.source import Source, open_source
+from data_service.source_index import SPLITS
+from data_service.tokenizer import CharacterTokenizer, Tokenizer, make_tokenizer
+from data_service.validation_split import ValidationStamp, pieces, split_document
+from storage.errors import ConfigurationError, DataError
+from storage.store import open_store
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAKESPEARE = ROOT.parent / "shared" / "corpus" / "shakespeare"
+WORDS = (
+    *("the", "of", "and", "a", "to", "in", "is", "was", "he", "for", "it", "with", "as", "his"),
+    *("on", "be", "at", "by", "I", "this", "had", "not", "are", "but"),
+)
+
+
+def prose(seed: int, paragraphs: int) -> str:
+    rng = random.Random(seed)
+    return "\n\n".join(
+        " ".join(rng.choice(WORDS) for _ in range(rng.randint(5, 60))) for _ in range(paragraphs)
+    )
+
+
+CORPUS = MemoryCorpus([(f"d{n}", prose(n, 3 + 40 * (n % 3))) for n in range(12)])
+OPTIONS = {"shard_tokens": 9_000, "validation_permille": 200}
+
+
+class KilledError(Exception):
+    """Raised by an announcement, in place of a kill."""
+
+
+def objects(folder: Path) -> dict[str, bytes]:
+    store = open_store(str(folder))
+    return {key: store.get(key) for key in store.list("")}
+
+
+def documents(source: Source, split: str) -> list[str]:
+    """The documents of a split, read back through the shards and their ends."""
+    shards = source.shards(split)
+    tokens = [source.tokens(entry.name, 0, entry.tokens) for entry in shards]
+    starts = np.cumsum([0, *(part.size for part in tokens)])
+    ends = [source.ends(e.name) + at for e, at in zip(shards, starts[:-1], strict=True)]
+    whole, cuts = np.concatenate(tokens), np.concatenate(ends)
+    assert (whole[cuts - 1] == source.tokenizer.end_of_text).all()
+    assert (whole == source.tokenizer.end_of_text).sum() == cuts.size
+    parts = np.split(whole, cuts)[:-1]
+    return [source.tokenizer.decode(part[:-1].astype(np.int64)) for part in parts]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "characters"])
+def test_every_text_is_in_the_source_on_its_own_side(tmp_path: Path, kind: str) -> None:
+    texts = [text for unit in CORPUS.units(10**6) for p in unit for text in CORPUS.documents(p)]
+    tokenizer: Tokenizer = (
+        CharacterTokenizer.of_texts(texts) if kind == "characters" else make_tokenizer(kind)
+    )
+    prepare(CORPUS, open_store(str(tmp_path)), tokenizer, **OPTIONS)  # type: ignore[arg-type]
+    source = open_source("a", str(tmp_path))
+    stamp = ValidationStamp(permille=200)
+    for split in SPLITS:
+        expected = [
+            part for text in texts for side, part in split_document(text, stamp) if side == split
+        ]
+        assert documents(source, split) == expected
+        assert max(entry.tokens for entry in source.shards(split)) <= 9_000
+        assert sum(entry.documents for entry in source.shards(split)) == len(expected)
+
+
+def test_killed_at_any_announcement_it_ends_bit_equal(tmp_path: Path) -> None:
+    heard: list[str] = []
+    prepare(
+        CORPUS,
+        open_store(str(tmp_path / "whole")),
+        make_tokenizer("bytes"),
+        announce=heard.append,
+        **OPTIONS,  # type: ignore[arg-type]
+    )
+    assert {"prepare:ledger", "prepare:shard", "prepare:unit", "prepare:unit-done"} < set(heard)
+    assert heard[-2:] == ["prepare:index", "prepare:done"]
+    whole = objects(tmp_path / "whole")
+    for at in range(len(heard)):
+        folder = tmp_path / f"killed-{at}"
+        left = [at]
+
+        def kill(phase: str, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KilledError(phase)
+
+        store = open_store(str(folder))
+        with pytest.raises(KilledError):
+            prepare(CORPUS, store, make_tokenizer("bytes"), announce=kill, **OPTIONS)  # type: ignore[arg-type]
+        assert ("index.json" in objects(folder)) == (heard[at] == "prepare:done")
+        again: list[str] = []
+        prepare(CORPUS, store, make_tokenizer("bytes"), announce=again.append, **OPTIONS)  # type: ignore[arg-type]
+        assert objects(folder) == whole
+        done = heard[: at + 1].count("prepare:unit-done")
+        if heard[at] != "prepare:done":
+            assert again.count("prepare:unit") == heard.count("prepare:unit") - done
+
+
+def test_killed_at_every_announcement_in_turn_it_still_ends_bit_equal(tmp_path: Path) -> None:
+    whole, store = open_store(str(tmp_path / "a")), open_store(str(tmp_path / "b"))
+    prepare(CORPUS, whole, make_tokenizer("bytes"), **OPTIONS)  # type: ignore[arg-type]
+    kills = 0
+    while True:
+        seen: list[str] = []
+
+        def kill(phase: str, seen: list[str] = seen) -> None:
+            seen.append(phase)
+            if phase in ("prepare:unit-done", "prepare:done"):
+                raise KilledError
+
+        try:
+            prepare(CORPUS, store, make_tokenizer("bytes"), announce=kill, **OPTIONS)  # type: ignore[arg-type]
+        except KilledError:
+            kills += 1
+        else:
+            break
+    assert kills > 3
+    assert objects(tmp_path / "a") == objects(tmp_path / "b")
+
+
+PROGRAM = """
+import sys, time
+from data_service.prepare import main
+
+def announce(phase):
+    print(phase, flush=True)
+    if phase == sys.argv[1] and int(sys.argv[2]) == announce.heard:
+        time.sleep(60)
+    announce.heard += phase == sys.argv[1]
+
+announce.heard = 0
+sys.exit(main(sys.argv[3:], announce=announce))
+"""
+
+
+@pytest.mark.parametrize(("phase", "heard"), [("prepare:unit", 2), ("prepare:index", 0)])
+def test_a_process_killed_for_real_goes_on_and_ends_bit_equal(
+    tmp_path: Path, phase: str, heard: int
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        (tmp_path / "in" / f"{number}.txt").write_text(prose(number, 60))
+    options = ["--shard_tokens", "9000", "--validation_permille", "200"]
+
+    def start(out: str, stop_at: str, count: int) -> subprocess.Popen[str]:
+        command = [sys.executable, "-c", PROGRAM, stop_at, str(count), str(tmp_path / "in")]
+        return subprocess.Popen(
+            [*command, "--out", str(tmp_path / out), *options],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    with start("killed", phase, heard) as process:
+        assert process.stdout is not None
+        seen = 0
+        for line in process.stdout:
+            seen += line.strip() == phase
+            if seen > heard:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+        process.stdout.read()
+    assert process.returncode == -signal.SIGKILL
+    assert "index.json" not in objects(tmp_path / "killed")
+    for out in ("killed", "whole"):
+        with start(out, "never", 0) as process:
+            process.communicate(timeout=60)
+        assert process.returncode == 0
+    assert objects(tmp_path / "killed") == objects(tmp_path / "whole")
+
+
+def held_out_and_trained(sources: list[Source]) -> tuple[set[str], set[str]]:
+    sides: dict[str, set[str]] = {split: set() for split in SPLITS}
+    for source in sources:
+        for split in SPLITS:
+            for text in documents(source, split):
+                sides[split].update(normalised for _, normalised in pieces(text))
+    return sides["validation"], sides["train"]
+
+
+def test_a_duplicate_is_never_on_both_sides_of_two_sources(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    shared = [prose(seed, rng.choice([2, 40])) for seed in range(120)]
+    one = MemoryCorpus([(f"a{n}", text) for n, text in enumerate(shared)])
+    two = MemoryCorpus(
+        [(f"b{n}", text.upper() + " \n") for n, text in enumerate(shared[::-1])]
+        + [(f"c{n}", prose(1000 + n, 3)) for n in range(100)]
+    )
+    for name, corpus in (("one", one), ("two", two)):
+        prepare(corpus, open_store(str(tmp_path / name)), make_tokenizer("bytes"), **OPTIONS)  # type: ignore[arg-type]
+    sources = [open_source(name, str(tmp_path / name)) for name in ("one", "two")]
+    held_out, trained = held_out_and_trained(sources)
+    assert len(held_out) > 15
+    assert not held_out & trained
+
+
+def test_a_split_by_position_would_put_duplicates_on_both_sides() -> None:
+    """The negative control: every fifth document held out, as one might."""
+    shared = [prose(seed, 2) for seed in range(50)]
+    first, second = shared, shared[::-1]
+    held_out = {text for texts in (first, second) for text in texts[::5]}
+    trained = {text for texts in (first, second) for n, text in enumerate(texts) if n % 5}
+    assert held_out & trained
+
+
+def test_a_finished_source_is_left_as_it_is(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    first = prepare(CORPUS, store, make_tokenizer("bytes"), **OPTIONS)  # type: ignore[arg-type]
+    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
+    time.sleep(0.01)
+    assert prepare(CORPUS, store, make_tokenizer("bytes"), **OPTIONS) == first  # type: ignore[arg-type]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == times
+
+
+def test_other_settings_in_the_same_place_are_refused(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    prepare(CORPUS, store, make_tokenizer("bytes"), **OPTIONS)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="shard_tokens was 9000, now 500"):
+        prepare(CORPUS, store, make_tokenizer("bytes"), shard_tokens=500, validation_permille=200)
+    with pytest.raises(ConfigurationError, match="other inputs"):
+        prepare(MemoryCorpus([("x", "y")]), store, make_tokenizer("bytes"), **OPTIONS)  # type: ignore[arg-type]
+
+
+def test_a_changed_input_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(prose(1, 9))
+    store = open_store(str(tmp_path / "out"))
+    prepare(FileCorpus([tmp_path / "a.txt"]), store, make_tokenizer("bytes"), **OPTIONS)  # type: ignore[arg-type]
+    (tmp_path / "a.txt").write_text(prose(2, 9))
+    with pytest.raises(ConfigurationError, match=r"other inputs: .*a\.txt has changed"):
+        prepare(FileCorpus([tmp_path / "a.txt"]), store, make_tokenizer("bytes"), **OPTIONS)  # type: ignore[arg-type]
+
+
+def test_a_folder_with_other_things_is_not_written_to(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ConfigurationError, match="is not empty and holds no preparation"):
+        prepare(CORPUS, open_store(str(tmp_path)), make_tokenizer("bytes"))
+
+
+def test_no_text_and_no_shard_size_are_refused(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    with pytest.raises(ConfigurationError, match="shard_tokens must be at least 1, got 0"):
+        prepare(CORPUS, store, make_tokenizer("bytes"), shard_tokens=0)
+    with pytest.raises(DataError, match="hold no text to train on"):
+        prepare(MemoryCorpus([("empty", "")]), store, make_tokenizer("bytes"))
+
+
+def test_little_held_out_text_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="data_service"):
+        prepare(CORPUS, open_store(str(tmp_path)), make_tokenizer("bytes"))
+    assert "tokens are held out for validation" in caplog.text
+
+
+def test_shakespeare_is_all_there(tmp_path: Path) -> None:
+    if not SHAKESPEARE.is_dir():
+        pytest.skip(f"no Shakespeare at {SHAKESPEARE}")
+    plays = sorted(SHAKESPEARE.glob("*.txt"))[:4]
+    index = prepare(FileCorpus(plays), open_store(str(tmp_path)), make_tokenizer("bytes"))
+    source = open_source("plays", str(tmp_path))
+    tokens = sum(entry.tokens for split in SPLITS for entry in index.shards(split))
+    ends = sum(entry.documents for split in SPLITS for entry in index.shards(split))
+    assert tokens - ends == sum(path.stat().st_size for path in plays)
+    whole = "".join(documents(source, "train"))
+    held_out, trained = held_out_and_trained([source])
+    assert held_out
+    assert not held_out & trained
+    assert len(whole) > 0.95 * sum(path.stat().st_size for path in plays)

@@ -1,0 +1,98 @@
+"""The prepare command: its help, its exit codes, its one-line errors."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_service.prepare import main
+from data_service.source import open_source
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n".join(f"Paragraph {n} of the text." for n in range(3000)))
+    return str(path)
+
+
+def test_a_text_becomes_a_source(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert main([text, "--out", out, "--shard-tokens", "20000", "--validation_permille=100"]) == 0
+    assert f"train with --data NAME={out}" in capsys.readouterr().out
+    source = open_source("a", out)
+    assert source.tokenizer.name == "bytes"
+    assert len(source.shards("train")) > 2
+    assert source.index.stamp.permille == 100
+
+
+def test_json_says_what_was_made(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert main([text, "--out", out, "--tokenizer", "chars", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["tokenizer"] == "characters"
+    assert said["fingerprint"] == open_source("a", out).fingerprint
+    assert set(open_source("a", out).tokenizer.decode(range(3))) <= set("\n .0123456789")
+
+
+def test_the_embedded_reference_needs_no_inputs(tmp_path: Path) -> None:
+    assert main(["--embedded", "reference", "--out", str(tmp_path)]) == 0
+    assert open_source("reference", str(tmp_path)).index.stamp.permille == 50
+
+
+def test_json_lines_with_another_field(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"content": "hello"}\n' * 50)
+    arguments = [str(tmp_path / "a.jsonl"), "--text_field", "content"]
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["/nowhere", "--out", "OUT"], "error: /nowhere: there is no such file or folder"),
+        (["--out", "OUT"], "error: name what to prepare"),
+        (["TEXT", "--embedded", "python", "--out", "OUT"], "error: name what to prepare"),
+        (["TEXT"], "error: .*--out"),
+        (["TEXT", "--out", "OUT", "--shards", "3"], "error: .*--shards"),
+        (["TEXT", "--out", "OUT", "--shard_tokens", "many"], "error: .*many"),
+        (["TEXT", "--out", "OUT", "--shard_tokens", "0"], "error: shard_tokens must be at least"),
+        (["TEXT", "--out", "OUT", "--validation_permille", "0"], "error: validation_permille must"),
+        (["TEXT", "--out", "nosuch://place"], "error: .*nosuch"),
+    ],
+)
+def test_a_mistake_is_one_line_and_78(
+    arguments: list[str],
+    message: str,
+    text: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    values = {"TEXT": text, "OUT": str(tmp_path / "out")}
+    assert main([values.get(argument, argument) for argument in arguments]) == 78
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert re.search(message, said.err)
+
+
+def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert "Example:" in said
+    assert "--validation_permille" in said
+
+
+def test_the_module_is_a_command(text: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "data_service.prepare", text, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "training" in done.stdout
