@@ -44,6 +44,11 @@ class Incarnation:
         log = Log(store)
         return lambda: refuse_if_fenced(log.refresh(), self._claim)
 
+    @property
+    def damaged_records(self) -> Sequence[int]:
+        """Slots of the log that could not be read; what they said is not known."""
+        return self._log.damaged
+
     def check(self) -> Sequence[Record]:
         """The records of the log, read to its end; raises FencedError after a later CLAIM."""
         records = self._log.refresh()

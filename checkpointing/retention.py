@@ -66,8 +66,9 @@ def retire(
 def sweep(store: Store, incarnation: Incarnation) -> None:
     """Remove objects of attempts that never committed, and leftovers of retired checkpoints.
 
-    Only generations below this one are looked at, so a save in flight is never touched; what is in
-    quarantine stays.
+    Only generations below this one are looked at, so a save in flight is never touched. What is in
+    quarantine stays; and when a record of the log is damaged, so does every attempt without a
+    COMMIT, because the damaged record may have been that.
     """
     checkpoints = history(incarnation.check()).checkpoints
     owners = {c.manifest_key.rpartition("/")[0]: c for c in checkpoints}
@@ -78,7 +79,7 @@ def sweep(store: Store, incarnation: Incarnation) -> None:
             continue
         owner = owners.get(attempt[0])
         if owner is None:
-            needed = int(attempt[1]) >= incarnation.generation
+            needed = bool(incarnation.damaged_records) or int(attempt[1]) >= incarnation.generation
         else:
             needed = not owner.retired or owner.quarantined or owner.index in pinned
         if not needed:

@@ -4,6 +4,7 @@ Read it top to bottom: install the notice, parse, join the world, claim the run,
 build, restore, train, leave with an exit code (`launch/exit_codes.py`).
 """
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -19,6 +20,8 @@ from launch.phase import Phase
 
 if TYPE_CHECKING:
     from launch.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 Listener = Callable[[str, int], None]
 
@@ -79,6 +82,10 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
             step = restore_state(training, loaded, batches=batches, seed=config.seed)
             position = resume_position(batches, loaded.exact)
             parent = loaded.checkpoint.index
+            phase.step = step
+            logger.info(
+                "going on from step %d, saved by generation %d", step, loaded.checkpoint.generation
+            )
         if owner is not None:
             sweep(store, owner)
 

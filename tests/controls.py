@@ -23,6 +23,7 @@ def _forgotten_moments(training: object, tensors: object, numbers: object) -> No
 
 
 CONTROLS: dict[str, tuple[str, Callable[..., object]]] = {
+    "fence": ("checkpointing.incarnation.refuse_if_fenced", lambda records, claim: None),
     "rng_key": ("trainer.step.keyed_randomness", _keyless),
     "cursor": ("trainer.state.resume_position", lambda batches, exact: 0),
     "scaler": ("trainer.state.restore_scaler", lambda scaler, state: None),

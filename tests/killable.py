@@ -1,12 +1,15 @@
-"""The training program, which stops and waits to be killed when it enters a given phase.
+"""The training program, which stops itself when it enters given phases, to be killed or woken.
 
-Usage: killable.py FIFO PHASE NTH CONTROL TRAINING_ARGUMENTS...
-CONTROL is the name of a negative control of `controls.py`, or "none".
+Usage: killable.py FIFO STOPS CONTROL TRAINING_ARGUMENTS...
+STOPS is `phase=n,phase=n`: where to stop, each counted from the stop before. At each the process
+writes `pid step` to FIFO and sends itself SIGSTOP. CONTROL names a negative control of
+`controls.py`, or is "none".
 """
 
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -15,28 +18,32 @@ if __name__ == "__main__":
 from launch.train import main
 
 
-def run(arguments: list[str]) -> int:
-    fifo, phase, nth, control = arguments[:4]
+def run(fifo: str, stops: str, control: str, arguments: list[str]) -> int:
+    waiting = [(phase, int(n)) for phase, _, n in (s.partition("=") for s in stops.split(",") if s)]
     entered = 0
 
     def listener(name: str, step: int) -> None:
         nonlocal entered
-        if name != phase or os.environ.get("RANK", "0") != "0":
+        if os.environ.get("RANK", "0") != "0" or not waiting or name != waiting[0][0]:
             return
         entered += 1
-        if entered == int(nth):
-            with open(fifo, "w") as file:
-                file.write(f"{os.getpid()} {step}\n")
-            while True:
-                signal.pause()
+        if entered < waiting[0][1]:
+            return
+        entered = 0
+        del waiting[0]
+        with open(fifo, "w") as file:
+            file.write(f"{os.getpid()} {step}\n")
+        os.kill(os.getpid(), signal.SIGSTOP)
 
-    if control != "none":
+    if control == "none":
+        context = nullcontext()
+    else:
         from tests.controls import broken
 
-        with broken(control):
-            return main(arguments[4:], listener)
-    return main(arguments[4:], listener)
+        context = broken(control)
+    with context:
+        return main(arguments, listener)
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(run(*sys.argv[1:4], sys.argv[4:]))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,71 +23,106 @@ ROOT = Path(__file__).resolve().parents[1]
 TIMEOUT_SECONDS = 300.0
 
 
-@dataclass(frozen=True)
-class Killed:
-    """Where a process was when it was killed."""
-
-    pid: int
-    step: int
-
-
 def train_here(*arguments: str | Path, listener: object = None) -> int:
     """The training program in this process; returns its exit code."""
     return main([str(a) for a in arguments], listener)  # type: ignore[arg-type]
 
 
+class Program:
+    """The training program in processes of its own, rank 0 of which stops at given phases.
+
+    `stops` are (phase, n): the nth time it is entered, counted from the stop before.
+    """
+
+    def __init__(
+        self,
+        *arguments: str | Path,
+        stops: Sequence[tuple[str, int]] = (),
+        world: int = 1,
+        control: str = "none",
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        fifo = Path(self._folder.name, "stops")
+        os.mkfifo(fifo)
+        self._reader = os.open(fifo, os.O_RDWR)
+        places = ",".join(f"{phase}={n}" for phase, n in stops)
+        program = [ROOT / "tests" / "killable.py", fifo, places, control, *arguments]
+        command = [sys.executable, *program]
+        if world > 1:
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            command = [*torchrun, f"--nproc_per_node={world}", "--", *program]
+        self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            command, cwd=ROOT, text=True, stdout=self._output, stderr=subprocess.STDOUT
+        )
+
+    def __enter__(self) -> "Program":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._reader)
+        self._output.close()
+        self._folder.cleanup()
+
+    def stopped(self) -> "Stopped":
+        """Wait until rank 0 has stopped at the next place; fails when the program ends first."""
+        ended = os.pidfd_open(self._process.pid)
+        poll = select.poll()
+        poll.register(self._reader, select.POLLIN)
+        poll.register(ended, select.POLLIN)
+        ready = {fd for fd, _ in poll.poll(TIMEOUT_SECONDS * 1000)}
+        os.close(ended)
+        assert self._reader in ready, f"no stop: {self.output()}"
+        pid, step = os.read(self._reader, 100).split()
+        stat = Path(f"/proc/{int(pid)}/stat")
+        deadline = time.monotonic() + TIMEOUT_SECONDS
+        while stat.read_text().rpartition(")")[2].split()[0] != "T":
+            assert time.monotonic() < deadline, "it said that it would stop, and did not"
+            os.sched_yield()
+        return Stopped(pid=int(pid), step=int(step))
+
+    def end(self) -> int:
+        """Wait for the end; the exit code."""
+        return self._process.wait(timeout=TIMEOUT_SECONDS)
+
+    def output(self) -> str:
+        """What it has printed so far."""
+        self._output.seek(0)
+        return self._output.read()
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """Rank 0 of a program, stopped after `step` finished steps."""
+
+    pid: int
+    step: int
+
+    def send(self, *signals: signal.Signals) -> None:
+        """Send signals, for example SIGTERM and then SIGCONT."""
+        for number in signals:
+            os.kill(self.pid, number)
+
+
 def train(*arguments: str | Path, world: int = 1, control: str = "none") -> None:
     """The training program, to its end, in `world` processes. Fails the test on another end."""
-    process = _start(arguments, "nothing", "never", 1, world, control)
-    output = process.communicate(timeout=TIMEOUT_SECONDS)[0]
-    assert process.returncode == 0, output
+    with Program(*arguments, world=world, control=control) as program:
+        assert program.end() == 0, program.output()
 
 
 def train_until_killed(
     *arguments: str | Path, phase: str, nth: int = 1, world: int = 1, control: str = "none"
-) -> Killed:
+) -> Stopped:
     """Start the training program; SIGKILL its rank 0 when it enters `phase` for the nth time."""
-    with tempfile.TemporaryDirectory() as folder:
-        fifo = Path(folder, "announcements")
-        os.mkfifo(fifo)
-        reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-        process = _start(arguments, fifo, phase, nth, world, control)
-        ended = os.pidfd_open(process.pid)
-        poll = select.poll()
-        poll.register(reader, select.POLLIN)
-        poll.register(ended, select.POLLIN)
-        try:
-            ready = {fd for fd, _ in poll.poll(TIMEOUT_SECONDS * 1000)}
-            if reader not in ready:
-                process.kill()
-                raise AssertionError(f"{phase!r} was not entered: {process.communicate()[0]}")
-            pid, step = os.read(reader, 100).split()
-            os.kill(int(pid), signal.SIGKILL)
-            process.communicate(timeout=TIMEOUT_SECONDS)
-        finally:
-            os.close(reader)
-            os.close(ended)
-    if world == 1:
-        assert process.returncode == -signal.SIGKILL
-    return Killed(pid=int(pid), step=int(step))
-
-
-def _start(
-    arguments: Sequence[str | Path],
-    fifo: str | Path,
-    phase: str,
-    nth: int,
-    world: int,
-    control: str,
-) -> "subprocess.Popen[str]":
-    program = [ROOT / "tests" / "killable.py", fifo, phase, str(nth), control, *arguments]
-    command = [sys.executable, *program]
-    if world > 1:
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command = [*torchrun, f"--nproc_per_node={world}", "--", *program]
-    return subprocess.Popen(
-        command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    stops = [(phase, nth)]
+    with Program(*arguments, stops=stops, world=world, control=control) as program:
+        place = program.stopped()
+        place.send(signal.SIGKILL)
+        code = program.end()
+        assert world > 1 or code == -signal.SIGKILL
+        return place
 
 
 def checkpoints(run: Path | str) -> list[Checkpoint]:
