@@ -72,7 +72,7 @@ def open_store(url: str) -> Store:
         )
     if "@" in url.partition("://")[2].partition("/")[0]:
         raise ConfigurationError(
-            f"the URL of a {url.partition('://')[0]} store holds credentials, which would end up in "
+            f"the URL of a {url.partition('://')[0]} store holds credentials, which would reach "
             "logs; give them through the environment or a configuration file of the cloud"
         )
     if "://" not in url:
