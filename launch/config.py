@@ -134,10 +134,10 @@ def parse_config(arguments: Sequence[str]) -> RunConfig:
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
     """The last value of `--flag`, which must be known before the other flags' defaults are."""
     value = None
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+    for place, argument in enumerate(arguments):
         name, equals, after = argument.partition("=")
         if name == f"--{flag}":
-            value = after if equals else following
+            value = after if equals else "".join(arguments[place + 1 : place + 2])
     return value
 
 
