@@ -26,11 +26,12 @@ import torch
 import tyro
 from torch import Tensor
 
-from checkpointing.commands import DONE, chosen, read_run, run_command
 from checkpointing.gpt2_layout import gpt2_config, gpt2_tensors
 from checkpointing.history import Checkpoint, history
 from checkpointing.load import Loaded, load
+from checkpointing.naming import chosen, read_run
 from checkpointing.pins import pinned
+from storage.commands import run_command
 from storage.errors import ConfigurationError
 from storage.log import Log
 from storage.store import open_store
@@ -142,12 +143,12 @@ def _execute(arguments: ExportArguments) -> int:
     about = export(arguments.run, arguments.out, step=arguments.step, format=arguments.format)
     if arguments.json:
         print(json.dumps({**about, "out": arguments.out}))
-        return DONE
+        return 0
     print(
         f"{arguments.out}: step {about['step']} of {arguments.run}, {about['parameters']:,} "
         f"parameters as {about['format']}, digest {about['digest'][:12]}"
     )
-    return DONE
+    return 0
 
 
 def _read(

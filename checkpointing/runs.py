@@ -19,9 +19,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from checkpointing.commands import CHANGE_SOMETHING, DONE, RUN_KEY, read_run, run_command
 from checkpointing.history import Checkpoint, History, history
+from checkpointing.naming import RUN_KEY, read_run
 from checkpointing.pins import pinned
+from storage.commands import run_command
 from storage.errors import ConfigurationError, IntegrityError
 from storage.log import Draft, Log, Record
 from storage.store import Store, open_store
@@ -167,7 +168,7 @@ def _execute(arguments: Ls | Show | Verify) -> int:
 
 def _ls(arguments: Ls) -> int:
     found = runs_below(arguments.prefix)
-    code = CHANGE_SOMETHING if any("error" in run for run in found) else DONE
+    code = ConfigurationError.exit_code if any("error" in run for run in found) else 0
     if arguments.json:
         print(json.dumps(found))
         return code
@@ -206,14 +207,14 @@ def _show(arguments: Show) -> int:
     run = description(arguments.run)
     if arguments.json:
         print(json.dumps(run))
-        return DONE
+        return 0
     state = "complete" if run["complete"] else "not complete"
     print(f"{arguments.run}: {state}, generation {run['generation']}, run {run['run']}")
     columns = ("step", "digest", "generation", "state", "validation loss", "saved")
     _print_table(columns, [_checkpoint_row(c) for c in run["checkpoints"]])
     if run["damaged_records"]:
         print(f"damaged records of the log, left out: {_numbers(run['damaged_records'])}")
-    return DONE
+    return 0
 
 
 def _checkpoint_row(checkpoint: dict[str, Any]) -> tuple[object, ...]:
@@ -263,7 +264,7 @@ def _verify(arguments: Verify) -> int:
         if unknown:
             print(f"damaged records of the log: {_numbers(unknown)}")
         print(f"{len(whole)} of {len(results)} checkpoints are whole")
-    return CHANGE_SOMETHING if damaged or unknown else DONE
+    return ConfigurationError.exit_code if damaged or unknown else 0
 
 
 def _damaged_unnoticed(log: Log) -> list[int]:

@@ -21,7 +21,7 @@ from storage.errors import ConfigurationError, DataError
 
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}")
 _LARGEST_WEIGHT = 10**12
-_TRAILING_WEIGHT = re.compile(r"(?P<url>.+):(?P<weight>\d+(\.\d*)?|\.\d+)")
+_TRAILING_WEIGHT = re.compile(r"(?P<url>.+):(?P<weight>-?(\d+(\.\d*)?|\.\d+))")
 
 Weights = tuple[tuple[int, int], ...]
 

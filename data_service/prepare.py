@@ -6,10 +6,8 @@ a store or network failed and trying again may help.
 """
 
 import contextlib
-import io
 import json
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -24,13 +22,11 @@ from data_service.preparation import SHARD_TOKENS, VALIDATION_PERMILLE, prepare
 from data_service.progress import PreparationProgress
 from data_service.source_index import SPLITS, SourceIndex
 from data_service.tokenizer import CharacterTokenizer, Tokenizer, make_tokenizer
-from storage.errors import ConfigurationError, RangeFlowError, StoreUnavailableError
+from storage.commands import run_command
+from storage.errors import ConfigurationError
 from storage.store import open_store
 
 __all__ = ["main", "prepare"]
-
-EXIT_CONFIGURATION = 78
-EXIT_TRY_AGAIN = 75
 
 _DESCRIPTION = """Turns text into a source that training reads: token shards, held-out text apart.
 
@@ -63,22 +59,24 @@ class PrepareArguments:
     """Print the result as JSON."""
 
 
-def main(argv: Sequence[str], *, announce: Callable[[str], None] = lambda phase: None) -> int:
+def main(
+    argv: Sequence[str] | None = None, *, announce: Callable[[str], None] = lambda phase: None
+) -> int:
     """Run the command; what it returns is the exit code."""
-    try:
-        arguments = _parsed(argv)
-        if arguments is None:
-            return 0
+
+    def execute(arguments: PrepareArguments) -> int:
         with _logging_to_stderr():
             index = _prepare(arguments, announce)
-    except StoreUnavailableError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_TRY_AGAIN
-    except RangeFlowError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_CONFIGURATION
-    print(_summary(arguments, index))
-    return 0
+        print(_summary(arguments, index))
+        return 0
+
+    return run_command(
+        PrepareArguments,
+        execute,
+        argv,
+        prog="python -m data_service.prepare",
+        description=_DESCRIPTION,
+    )
 
 
 def _prepare(arguments: PrepareArguments, announce: Callable[[str], None]) -> SourceIndex:
@@ -121,26 +119,6 @@ def _tokenizer(arguments: PrepareArguments, corpus: Corpus) -> Tokenizer:
     return CharacterTokenizer.of_texts(texts)
 
 
-def _parsed(argv: Sequence[str]) -> PrepareArguments | None:
-    """The arguments, or None when help was asked for and given."""
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(
-                PrepareArguments,
-                prog="python -m data_service.prepare",
-                description=_DESCRIPTION,
-                args=list(argv),
-                use_underscores=True,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            return None
-        # tyro draws its complaint in a box of several lines: what it says, in one.
-        plain = re.sub(r"\x1b\[[0-9;]*m|^╭.*$|[│╰╯─]", " ", said.getvalue(), flags=re.MULTILINE)
-        raise ConfigurationError(" ".join(plain.split())) from None
-
-
 @contextlib.contextmanager
 def _logging_to_stderr() -> Iterator[None]:
     logger = logging.getLogger("data_service")
@@ -176,4 +154,4 @@ def _summary(arguments: PrepareArguments, index: SourceIndex) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

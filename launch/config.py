@@ -10,11 +10,12 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
 from launch.presets import PRESETS
+from storage.commands import parse
 from storage.errors import ConfigurationError
 from trainer.loop import LoopConfig
 from trainer.model import ModelConfig
@@ -94,6 +95,22 @@ KINDS = {
 """The kind of each field; that of a section holds for its fields that are not named themselves."""
 
 
+FIXED = frozenset(
+    {
+        "seed",
+        "batch.global_batch_size",
+        "model.n_layer",
+        "model.n_head",
+        "model.n_embd",
+        "model.context",
+        "model.bias",
+        "numerics.precision",
+        "optimizer.optimizer",
+    }
+)
+"""Identity fields that no restart can change: a checkpoint does not fit another value."""
+
+
 def fields_of_kind(config: RunConfig, kind: str) -> dict[str, Any]:
     """The fields of a kind, by dotted name, as JSON."""
     found: dict[str, Any] = {}
@@ -106,26 +123,26 @@ def fields_of_kind(config: RunConfig, kind: str) -> dict[str, Any]:
     return found
 
 
-def parse_config(arguments: Sequence[str]) -> RunConfig:
-    """The configuration that the arguments ask for.
+def parse_config(arguments: Sequence[str]) -> RunConfig | None:
+    """The configuration that the arguments ask for; None when help was asked for and given.
 
-    Raises ConfigurationError, or SystemExit (0 after --help, 2 for an unknown flag).
+    Raises ConfigurationError for what does not fit.
     """
-    preset = _value_of("preset", arguments)
     path = _value_of("config", arguments)
     sections = _toml(path) if path else {}
-    preset = preset or sections.pop("preset", None) or "tiny"
+    from_file = _as_flags(RunConfig, sections, where=path or "")
+    if _value_of("data", arguments) is not None:
+        from_file = [flag for flag in from_file if not flag.startswith("--data=")]
+    flags = [*from_file, *arguments]
+    preset = _value_of("preset", flags) or "tiny"
     if preset not in PRESETS:
         raise ConfigurationError(f"no preset {preset!r}; there are {', '.join(PRESETS)}")
-    base = _with(RunConfig(preset=preset), PRESETS[preset], where=f"preset {preset}")
-    base = _with(base, sections, where=path or "")
-    parsed: RunConfig = tyro.cli(
+    parsed: RunConfig | None = parse(
         RunConfig,
-        args=list(arguments),
-        default=base,
+        flags,
+        default=_preset(preset),
         description=DESCRIPTION,
         prog="launch/train.py",
-        use_underscores=True,
         config=(tyro.conf.OmitArgPrefixes,),
     )
     return parsed
@@ -150,31 +167,52 @@ def _toml(path: str) -> dict[str, Any]:
         raise ConfigurationError(f"--config {path} is not TOML: {error}") from error
 
 
-def _with(config: Any, changes: dict[str, Any], *, where: str) -> Any:
-    """The dataclass with fields changed; sections are changed field by field."""
-    known = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-    for name, value in changes.items():
-        if name not in known:
-            raise ConfigurationError(f"{where}: no field {name!r}; there are {', '.join(known)}")
-        old = known[name]
-        if dataclasses.is_dataclass(old) != isinstance(value, dict):
-            raise ConfigurationError(f"{where}: {name} is {value!r}, expected the kind of {old!r}")
-        if isinstance(value, dict):
-            known[name] = _with(old, value, where=f"{where}, [{name}]")
+def _preset(name: str) -> RunConfig:
+    """The configuration that a preset means."""
+    base = RunConfig(preset=name)
+    changes = {
+        section: dataclasses.replace(getattr(base, section), **fields)
+        for section, fields in PRESETS[name].items()
+    }
+    return dataclasses.replace(base, **changes)
+
+
+def _as_flags(kind: Any, fields: dict[str, Any], *, where: str) -> list[str]:
+    """A file's fields as flags, before those of the command line: the whole is judged once."""
+    hints = get_type_hints(kind)
+    flags: list[str] = []
+    for name, value in fields.items():
+        if name not in hints:
+            raise ConfigurationError(f"{where}: no field {name!r}; there are {', '.join(hints)}")
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, dict):
+                raise ConfigurationError(f"{where}: {name} is {value!r}, expected a section")
+            flags += _as_flags(hint, value, where=f"{where}, [{name}]")
             continue
-        known[name] = _like(old, value, f"{where}: {name}")
-    return type(config)(**known)
+        if not _fits(value, hint):
+            expected = str(getattr(hint, "__name__", hint)).replace("typing.", "")
+            raise ConfigurationError(f"{where}: {name} is {value!r}, expected {expected}")
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        elif name in ("data", "accept_change"):
+            flags += [f"--{name}={one}" for one in value]
+        elif isinstance(value, list):
+            flags += [f"--{name}", *value]
+        else:
+            flags.append(f"--{name}={value}")
+    return flags
 
 
-def _like(old: Any, value: Any, where: str) -> Any:
-    """The value as a field that holds `old` takes it; TOML has lists for tuples, 1 for 1.0."""
-    if isinstance(old, tuple) and isinstance(value, list):
-        value = tuple(value)
-    if isinstance(old, float) and type(value) is int:
-        value = float(value)
-    if type(value) is not type(old):
-        raise ConfigurationError(f"{where} is {value!r}, expected something like {old!r}")
-    return value
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a TOML value is one of a field's type; TOML has lists for tuples, 1 for 1.0."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    if hint is float:
+        return type(value) in (int, float)
+    return type(value) is hint
 
 
 def command_line() -> list[str]:

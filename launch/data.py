@@ -13,7 +13,7 @@ from data_service.source import Source, open_source
 from launch.config import RunConfig
 from launch.phase import Phase
 from launch.world import World
-from storage.errors import DataError, RangeFlowError
+from storage.errors import DataError
 from storage.log import Record
 
 logger = logging.getLogger(__name__)
@@ -27,22 +27,14 @@ def open_batches(
     Weights or sources that differ from the plan in the log open a new segment at the step of the
     newest checkpoint.
     """
-    outcome: dict[str, Any] = {}
-    failure: RangeFlowError | None = None
-    if incarnation is not None:
-        try:
-            flags = _flags(config, announce)
-            plan = _recorded_plan(config, incarnation, _open_flags(flags))
-            urls = {flag.name: flag.url for flag in flags}
-            outcome = {"plan": plan.to_json(), "urls": urls}
-        except RangeFlowError as error:
-            failure = error
-            outcome = {"error": str(error)}
-    outcome = world.broadcast(outcome)
-    if failure is not None:
-        raise failure
-    if "error" in outcome:
-        raise DataError(outcome["error"])
+
+    def work() -> dict[str, Any]:
+        assert incarnation is not None, "rank 0 owns the run"
+        flags = _flags(config, announce)
+        plan = _recorded_plan(config, incarnation, _open_flags(flags))
+        return {"plan": plan.to_json(), "urls": {flag.name: flag.url for flag in flags}}
+
+    outcome = world.on_rank_0(work)
     plan = Plan.from_json(outcome["plan"])
     opened = {
         name: open_source(name, outcome["urls"].get(name, source.url))
@@ -63,7 +55,7 @@ def _flags(config: RunConfig, announce: Phase) -> list[DataFlag]:
         return [parse_data_flag(text) for text in config.data]
     logger.info("no --data: the embedded corpus is used (the standard library and its reference)")
     urls = prepare_embedded(f"{config.run.rstrip('/')}/corpus", announce=announce)
-    return [DataFlag(name=name, url=url, weight=1) for name, url in urls.items()]
+    return [parse_data_flag(f"{name}={url}") for name, url in urls.items()]
 
 
 def _open_flags(flags: Sequence[DataFlag]) -> list[PlanSource]:

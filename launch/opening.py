@@ -1,6 +1,5 @@
 """Opens a run for training: the store is probed, the configuration compared, the run claimed."""
 
-import json
 import logging
 import uuid
 from dataclasses import dataclass
@@ -8,20 +7,17 @@ from typing import Any
 
 from checkpointing.history import History, history
 from checkpointing.incarnation import Incarnation, claim_run
-from launch.config import RunConfig, fields_of_kind
+from checkpointing.naming import RUN_FORMAT, RUN_KEY, read_run
+from launch.config import FIXED, RunConfig, fields_of_kind
 from launch.phase import Phase
 from launch.world import World, fingerprint
 from storage.canonical import canonical_json
-from storage.errors import ConfigurationError, FencedError, RangeFlowError, RunBusyError
-from storage.errors import StoreUnavailableError as Unavailable
+from storage.errors import ConfigurationError
 from storage.log import Log
 from storage.probe import probe
 from storage.store import Store
 
 logger = logging.getLogger(__name__)
-
-FORMAT = 1
-_RUN_KEY = "run.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,33 +35,26 @@ def open_run(store: Store, config: RunConfig, world: World, announce: Phase) -> 
     A run that has reached its last step is complete, and is not claimed. Every error of rank 0 is
     raised on every rank.
     """
-    incarnation: Incarnation | None = None
-    outcome: dict[str, Any] = {}
-    failure: RangeFlowError | None = None
-    if world.rank == 0:
-        try:
-            incarnation = _open(store, config, world, announce)
-            generation = incarnation.generation if incarnation else 0
-            outcome = {"complete": incarnation is None, "generation": generation}
-        except RangeFlowError as error:
-            failure = error
-            outcome = {"error": type(error).__name__, "message": str(error)}
-    outcome = world.broadcast(outcome)
-    if failure is not None:
-        raise failure
-    if "error" in outcome:
-        kinds = {kind.__name__: kind for kind in (FencedError, RunBusyError, Unavailable)}
-        raise kinds.get(outcome["error"], ConfigurationError)(outcome["message"])
+    owner: list[Incarnation] = []
+
+    def work() -> int:
+        incarnation = _open(store, config, world, announce)
+        if incarnation is None:
+            return 0
+        owner.append(incarnation)
+        return incarnation.generation
+
+    generation = world.on_rank_0(work)
     return OpenRun(
-        complete=outcome["complete"],
-        generation=outcome["generation"],
-        incarnation=incarnation,
+        complete=generation == 0,
+        generation=generation,
+        incarnation=owner[0] if owner else None,
     )
 
 
 def _open(store: Store, config: RunConfig, world: World, announce: Phase) -> Incarnation | None:
     announce("open")
-    run = _read_run(store)
+    run = _existing_run(store)
     if run is None:
         if not config.allow_unfenced_store:
             probe(store)
@@ -93,36 +82,25 @@ def _open(store: Store, config: RunConfig, world: World, announce: Phase) -> Inc
     return claim_run(store, log, body=body, take_over=config.take_over)
 
 
-def _read_run(store: Store) -> dict[str, Any] | None:
+def _existing_run(store: Store) -> dict[str, Any] | None:
     """What run.json says, or None when the place is empty. Anything else there is refused."""
-    try:
-        run: dict[str, Any] = json.loads(store.get(_RUN_KEY))
-    except ValueError as error:
-        raise ConfigurationError(f"{store.url}/{_RUN_KEY} is damaged: {error}") from error
-    except FileNotFoundError:
-        found = [key for key in store.list("") if not key.startswith("probe/")]
-        if found:
-            raise ConfigurationError(
-                f"{store.url} holds something that is not a run ({found[0]}"
-                f"{' and more' if len(found) > 1 else ''}); give --run an empty or a new place"
-            ) from None
-        return None
-    if run.get("format") != FORMAT:
+    keys = [key for key in store.list("") if not key.startswith("probe/")]
+    if RUN_KEY not in keys and keys:
         raise ConfigurationError(
-            f"{store.url} has format {run.get('format')}; this version reads {FORMAT}"
+            f"{store.url} holds something that is not a run ({keys[0]}"
+            f"{' and more' if len(keys) > 1 else ''}); give --run an empty or a new place"
         )
-    return run
+    return read_run(store) if keys else None
 
 
 def _create_run(store: Store, config: RunConfig) -> dict[str, Any]:
     run = {
-        "format": FORMAT,
+        "format": RUN_FORMAT,
         "run": uuid.uuid4().hex,
         "identity": fields_of_kind(config, "identity"),
     }
-    store.put_if_absent(_RUN_KEY, canonical_json(run))
-    created: dict[str, Any] = json.loads(store.get(_RUN_KEY))
-    return created
+    store.put_if_absent(RUN_KEY, canonical_json(run))
+    return read_run(store)
 
 
 def _accepted_changes(run: dict[str, Any], past: History, config: RunConfig) -> dict[str, Any]:
@@ -132,17 +110,26 @@ def _accepted_changes(run: dict[str, Any], past: History, config: RunConfig) -> 
         identity |= claim.body["accepted_changes"]
     wanted = fields_of_kind(config, "identity")
     changed = {name: value for name, value in wanted.items() if identity.get(name) != value}
-    accepted = {name.replace("-", "_") for name in config.accept_change}
+    accepted = {_full_name(name, wanted) for name in config.accept_change}
     for name, value in changed.items():
         short = name.rpartition(".")[2]
-        if name not in accepted and short not in accepted:
+        if name in FIXED or name not in accepted:
+            other_way = f", or pass --accept_change {short}, and exactness ends there"
             raise ConfigurationError(
                 f"{short} decides bits: the run has {identity.get(name)!r}, this start asks for "
-                f"{value!r}. Start anew with --run runs/other, or pass --accept_change {short}, "
-                "and exactness ends there"
+                f"{value!r}. Start anew with --run runs/other{'' if name in FIXED else other_way}"
             )
         logger.warning("%s changes from %r to %r: exact up to here", name, identity[name], value)
     return changed
+
+
+def _full_name(name: str, identity: dict[str, Any]) -> str:
+    """The dotted name of an identity field that may be named without its section."""
+    plain = name.replace("-", "_")
+    for dotted in identity:
+        if plain in (dotted, dotted.rpartition(".")[2]):
+            return dotted
+    raise ConfigurationError(f"--accept_change {name}: there is no such field that decides bits")
 
 
 def _tell_what_changed(past: History, body: dict[str, Any]) -> None:

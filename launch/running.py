@@ -15,7 +15,7 @@ from launch.config import RunConfig
 from launch.notice import Notice
 from launch.phase import Phase
 from launch.world import World
-from storage.errors import FencedError, RangeFlowError, StoreUnavailableError
+from storage.errors import StoreUnavailableError
 from storage.store import Store
 from trainer.loop import Surroundings
 from trainer.metrics import Metrics
@@ -63,7 +63,7 @@ class Keeper:
 
     def save(self, step: int, validation_loss: float | None, healthy: bool) -> bool:
         """Flush, save, and retire what is old; whether the checkpoint was committed."""
-        self._flush_together()
+        self._world.on_rank_0(self.flush)
         seed, batches = self._config.seed, self._batches
         checkpoint = save(
             self._store,
@@ -80,20 +80,6 @@ class Keeper:
             logger.info("step %d is saved, digest %s", step, checkpoint.digest[:12])
             self._retire()
         return bool(self._world.broadcast(checkpoint is not None))
-
-    def _flush_together(self) -> None:
-        """Flush on rank 0, and raise what it raises on every rank."""
-        failure: RangeFlowError | None = None
-        try:
-            self.flush()
-        except RangeFlowError as error:
-            failure = error
-        outcome = {"fenced": isinstance(failure, FencedError), "message": str(failure)}
-        outcome = self._world.broadcast(outcome if failure else None)
-        if failure is not None:
-            raise failure
-        if outcome:
-            raise (FencedError if outcome["fenced"] else StoreUnavailableError)(outcome["message"])
 
     def _retire(self) -> None:
         assert self._incarnation is not None

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # torchrun runs this file, with `launch/` in front of the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.exit_codes import COMPLETE, PERMANENT, START_AGAIN, exit_code
+from launch.exit_codes import COMPLETE, START_AGAIN, exit_code
 from launch.notice import Notice
 from launch.phase import Phase
 
@@ -36,9 +36,9 @@ def main(arguments: Sequence[str] | None = None, listener: Listener | None = Non
             from launch.config import command_line, parse_config
 
             config = parse_config(command_line() if arguments is None else arguments)
+            if config is None:  # --help
+                return COMPLETE
             return train(config, notice, Phase(listener))
-        except SystemExit as stop:  # --help, or a flag that does not exist
-            return PERMANENT if stop.code else COMPLETE
         except Exception as error:
             return exit_code(error)
 

@@ -2,13 +2,16 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from storage import errors
+from storage.errors import RangeFlowError
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective waits: longer than preparing a corpus or loading a large checkpoint."""
@@ -48,6 +51,23 @@ class World:
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0, to every process."""
         return self.gather(value if self.rank == 0 else None)[0]
+
+    def on_rank_0(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns on rank 0, as JSON, on every process; its error is raised on each."""
+        outcome: dict[str, Any] = {}
+        failure: RangeFlowError | None = None
+        if self.rank == 0:
+            try:
+                outcome = {"value": work()}
+            except RangeFlowError as error:
+                failure = error
+                outcome = {"error": type(error).__name__, "message": str(error)}
+        outcome = self.broadcast(outcome)
+        if failure is not None:
+            raise failure
+        if "error" in outcome:
+            raise getattr(errors, outcome["error"])(outcome["message"])
+        return outcome["value"]
 
 
 @contextmanager

@@ -14,9 +14,13 @@ RangeFlowError                 an error with a message for people; never shown w
 class RangeFlowError(Exception):
     """An error whose message is written for the person who runs the program."""
 
+    exit_code = 70
+
 
 class ConfigurationError(RangeFlowError):
     """What was asked for cannot be done; starting again without a change will not help."""
+
+    exit_code = 78
 
 
 class DataError(ConfigurationError):
@@ -30,14 +34,22 @@ class NoUsableCheckpointError(ConfigurationError):
 class IntegrityError(RangeFlowError):
     """Bytes read are not the bytes that were written."""
 
+    exit_code = 78
+
 
 class StoreUnavailableError(RangeFlowError):
     """A store did not do what was asked, for a reason that may pass (network, disk, quota)."""
+
+    exit_code = 75
 
 
 class RunBusyError(RangeFlowError):
     """Another incarnation is alive on this run."""
 
+    exit_code = 75
+
 
 class FencedError(RangeFlowError):
     """A later incarnation has claimed this run: this one must stop and change nothing."""
+
+    exit_code = 76

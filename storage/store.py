@@ -257,6 +257,8 @@ def _translated(url: str, key: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, FileExistsError):
         raise
+    except NotADirectoryError as error:
+        raise ConfigurationError(f"{url} is a file, expected a folder, or a new place") from error
     except OSError as error:
         what = os.strerror(error.errno) if error.errno else type(error).__name__
         if error.errno in (errno.ENOSPC, errno.EDQUOT):

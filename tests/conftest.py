@@ -1,5 +1,6 @@
 """Fixtures that more than one test file uses."""
 
+import logging
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -54,8 +55,11 @@ def interrupt() -> Callable[[str, int], Callable[[str, int], None]]:
 
 
 @pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    """The program sets the number of threads; a test leaves it as it was."""
-    before = torch.get_num_threads()
+def same_process() -> Iterator[None]:
+    """The program sets the number of threads and the root logger; a test leaves them as before."""
+    threads, root = torch.get_num_threads(), logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    root.handlers[:] = handlers
+    root.setLevel(level)

@@ -83,6 +83,18 @@ class Program:
             os.sched_yield()
         return Stopped(pid=int(pid), step=int(step))
 
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the program; in several processes, to torchrun."""
+        self._process.send_signal(number)
+
+    def ended_within(self, seconds: float) -> bool:
+        """Whether the program ends by itself in that time."""
+        try:
+            self._process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        return True
+
     def end(self) -> int:
         """Wait for the end; the exit code."""
         return self._process.wait(timeout=TIMEOUT_SECONDS)

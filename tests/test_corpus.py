@@ -29,9 +29,7 @@ def last_row(run: Path) -> dict[str, float]:
     return rows(run)[-1]  # type: ignore[return-value]
 
 
-@pytest.mark.skipif(
-    not SHAKESPEARE.is_dir(), reason="there is no Shakespeare here"
-)
+@pytest.mark.skipif(not SHAKESPEARE.is_dir(), reason="there is no Shakespeare here")
 def test_on_shakespeare_in_bytes_the_model_beats_the_unigram_entropy(tmp_path: Path) -> None:
     source = str(tmp_path / "shakespeare")
     assert prepare([str(SHAKESPEARE), "--tokenizer", "bytes", "--out", source]) == 0
@@ -42,9 +40,7 @@ def test_on_shakespeare_in_bytes_the_model_beats_the_unigram_entropy(tmp_path: P
 
 
 @pytest.mark.soak
-@pytest.mark.skipif(
-    not SHAKESPEARE.is_dir(), reason="there is no Shakespeare here"
-)
+@pytest.mark.skipif(not SHAKESPEARE.is_dir(), reason="there is no Shakespeare here")
 @pytest.mark.skipif(not VOCABULARY.is_dir(), reason="GPT-2's vocabulary is not on this machine")
 def test_gpt2_tokens_of_shakespeare_mixed_with_python_are_learnt_and_killed_on_the_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -60,17 +56,19 @@ def test_gpt2_tokens_of_shakespeare_mixed_with_python_are_learnt_and_killed_on_t
         run,
         f"--data=shakespeare={shakespeare}:0.7",
         f"--data=python={python}:0.3",
-        "--max_steps=400",
-        "--eval_interval_steps=200",
+        "--max_steps=120",
+        "--warmup_steps=12",
+        "--eval_interval_steps=120",
         "--sample_interval_steps=0",
-        "--save_interval_steps=50",
+        "--save_interval_steps=20",
+        "--log_interval_steps=10",
     )
-    train_until_killed(*arguments, phase="reduce", nth=130)
-    train_until_killed(*arguments, phase="save:manifest", nth=3)
+    train_until_killed(*arguments, phase="reduce", nth=31)
+    train_until_killed(*arguments, phase="save:manifest", nth=2)
     train(*arguments)
     row = last_row(run)
     assert math.isfinite(row["loss"])
-    assert len(rows(run)) == 400
+    assert len(rows(run)) == 120
     assert row["validation_loss/shakespeare"] < unigram_entropy(shakespeare) - 0.4
     assert row["validation_loss/python"] < unigram_entropy(python) - 0.4
     assert final_digest(run)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from checkpointing.commands import chosen
 from checkpointing.export import _write_weights, end_of_text, export, main
 from checkpointing.gpt2_layout import TABLE, Row, gpt2_config, gpt2_tensors
 from checkpointing.history import Checkpoint, History, history
 from checkpointing.load import load
+from checkpointing.naming import chosen
 from checkpointing.pins import pinned_checkpoints
 from data_service.tokenizer import ByteTokenizer, CharacterTokenizer, Gpt2Tokenizer
 from storage.canonical import canonical_json, sha256_hex

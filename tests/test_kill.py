@@ -1,10 +1,20 @@
 """One run, killed at every named phase by a real SIGKILL, ends with the bits of an unbroken one."""
 
+import random
+import signal
 from pathlib import Path
 
 import pytest
 
-from tests.programs import curve, final_digest, rows, train, train_here, train_until_killed
+from tests.programs import (
+    Program,
+    curve,
+    final_digest,
+    rows,
+    train,
+    train_here,
+    train_until_killed,
+)
 
 SHAPE = (
     "--max_steps=40",
@@ -83,3 +93,25 @@ def test_killed_with_8_bit_adam(tmp_path: Path) -> None:
     train("--run", killed, *shape)
     assert final_digest(killed) == final_digest(unbroken)
     assert curve(killed) == curve(unbroken)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_random_instants(seed: int, tmp_path: Path) -> None:
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    shape = (*SHAPE, "--max_steps=150")
+    train("--run", unbroken, *shape)
+    instants = random.Random(seed)
+    kills = 0
+    while kills < 20:
+        with Program("--run", killed, *shape) as program:
+            if program.ended_within(instants.uniform(0.1, 7.0)):
+                break
+            program.send(signal.SIGKILL)
+            assert program.end() == -signal.SIGKILL
+            kills += 1
+    train("--run", killed, *shape)
+    assert kills >= 5
+    assert final_digest(killed) == final_digest(unbroken)
+    assert curve(killed) == curve(unbroken)
+    assert rows(killed) == rows(unbroken)

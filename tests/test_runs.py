@@ -11,8 +11,8 @@ from typing import Any
 import fsspec
 import pytest
 
-from checkpointing.commands import read_run
 from checkpointing.history import history
+from checkpointing.naming import read_run
 from checkpointing.runs import description, main, record_verified, runs_below, verify
 from storage.errors import ConfigurationError
 from storage.log import Draft, Log

@@ -220,8 +220,8 @@ class Loop:
         saved = self._around.save(step, validation_loss, self._healthy)
         if not saved and must:
             raise StoreUnavailableError(
-                f"step {step} could not be saved; what was committed before is safe. Start again "
-                "with the same command when the store works"
+                f"step {step} could not be saved, for the reason in the warning above; what was "
+                "committed before is safe. Start again with the same command when the store works"
             )
         if saved:
             self._healthy = True

@@ -6,13 +6,14 @@ cannot spoil the curve: `metrics.jsonl` is a new file for each incarnation, and 
 in the order of generations, each of which begins by purging what it will write again.
 """
 
+import io
 import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.summary.writer.record_writer import RecordWriter
@@ -41,10 +42,11 @@ class Metrics:
             events.mkdir(parents=True, exist_ok=True)
             self._lines = _reopen(folder / "metrics.jsonl", step)
             name = f"events.out.tfevents.{generation:010d}.rangeflow"
-            self._events = open(events / name, "xb")  # noqa: SIM115
+            self._events = open(events / name, "xb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise StoreUnavailableError(f"{folder}: {error.strerror}") from error
-        self._records = RecordWriter(self._events)
+        self._waiting = io.BytesIO()
+        self._records = RecordWriter(self._waiting)
         self._record(Event(file_version="brain.Event:2"))
         start = SessionLog(status=SessionLog.START)
         self._record(Event(session_log=start, step=step + 1))
@@ -68,15 +70,17 @@ class Metrics:
     def flush(self) -> None:
         """Write the rows that wait. Raises StoreUnavailableError when the disk refuses."""
         rows, self._rows = self._rows, []
+        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        for row in rows:
+            self._write_events(row)
         try:
-            for row in rows:
-                self._lines.write(json.dumps(row) + "\n")
-                self._write_events(row)
-            for file in (self._lines, self._events):
-                file.flush()
+            for file, data in ((self._lines, lines), (self._events, self._waiting.getvalue())):
+                _write_all(file, data)
                 os.fsync(file.fileno())
         except OSError as error:
             raise StoreUnavailableError(f"metrics: {error.strerror}") from error
+        self._waiting.seek(0)
+        self._waiting.truncate()
 
     def _write_events(self, row: dict[str, Any]) -> None:
         for name, value in row.items():
@@ -95,7 +99,7 @@ class Metrics:
         self._records.write(event.SerializeToString())
 
 
-def _reopen(path: Path, step: int) -> Any:
+def _reopen(path: Path, step: int) -> BinaryIO:
     """A new file in the place of `path`, with its rows up to `step`, open for appending."""
     kept: list[str] = []
     if path.exists():
@@ -111,4 +115,11 @@ def _reopen(path: Path, step: int) -> Any:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    return open(path, "a")
+    return cast(BinaryIO, open(path, "ab", buffering=0))
+
+
+def _write_all(file: BinaryIO, data: bytes) -> None:
+    """Write everything: an unbuffered file may take a part, and closing it must write nothing."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]

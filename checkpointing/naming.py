@@ -1,0 +1,66 @@
+"""How people name things: a run by its place, a checkpoint by `latest`, `best` or its step."""
+
+import json
+from typing import Any
+
+from checkpointing.history import Checkpoint, History
+from storage.errors import ConfigurationError
+from storage.store import Store
+
+RUN_KEY = "run.json"
+RUN_FORMAT = 1
+
+
+def read_run(store: Store) -> dict[str, Any]:
+    """What run.json says: `run`, the identifier, and `identity`, the fields that decide bits."""
+    path = store.local_path(RUN_KEY)
+    try:
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(path)
+        run = json.loads(store.get(RUN_KEY))
+    except FileNotFoundError:
+        raise ConfigurationError(
+            f"{store.url} holds no run: there is no {RUN_KEY}. RUN is the value of --run in "
+            "training; `python -m checkpointing.runs ls PREFIX` finds runs"
+        ) from None
+    except ValueError as error:
+        raise ConfigurationError(
+            f"{store.url}/{RUN_KEY} is damaged ({error}); put back a copy of it"
+        ) from error
+    found = run.get("format") if isinstance(run, dict) else None
+    whole = found == RUN_FORMAT and "run" in run and isinstance(run.get("identity"), dict)
+    if not whole:
+        raise ConfigurationError(
+            f"{store.url}/{RUN_KEY} has format {found}, expected {RUN_FORMAT}: it is no run, or "
+            "one of another version of RangeFlow"
+        )
+    return dict(run)
+
+
+def chosen(past: History, name: str) -> Checkpoint:
+    """The live checkpoint that an operator calls `name`: `latest`, `best`, or the step of one.
+
+    `best` has the lowest validation loss, the newest of equals. Raises ConfigurationError.
+    """
+    if not past.live:
+        raise ConfigurationError(
+            "the run has no live checkpoint yet; `python -m checkpointing.runs show RUN` lists all"
+        )
+    steps = ", ".join(str(c.step) for c in past.live)
+    if name == "latest":
+        return past.live[-1]
+    if name == "best":
+        losses = [(c, c.validation_loss) for c in past.live]
+        scored = [(loss, -c.index, c) for c, loss in losses if loss is not None]
+        if not scored:
+            raise ConfigurationError(
+                f"no live checkpoint has a validation loss, so none is best; name a step ({steps}) "
+                "or `latest`"
+            )
+        return min(scored)[-1]
+    found = [c for c in past.live if str(c.step) == name]
+    if not found:
+        raise ConfigurationError(
+            f"step must be `best`, `latest` or one of the live checkpoints ({steps}); got {name!r}"
+        )
+    return found[-1]

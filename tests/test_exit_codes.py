@@ -1,0 +1,74 @@
+import re
+
+import pytest
+
+import storage.errors
+from launch.exit_codes import COMPLETE, FENCED, INTERNAL, PERMANENT, START_AGAIN, exit_code
+from storage.errors import (
+    ConfigurationError,
+    DataError,
+    FencedError,
+    IntegrityError,
+    NoUsableCheckpointError,
+    RangeFlowError,
+    RunBusyError,
+    StoreUnavailableError,
+)
+
+
+def test_codes_are_those_that_the_supervisors_know() -> None:
+    codes = (COMPLETE, INTERNAL, START_AGAIN, FENCED, PERMANENT)
+    assert codes == (0, 70, 75, 76, 78)
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        (ConfigurationError, 78),
+        (DataError, 78),
+        (NoUsableCheckpointError, 78),
+        (IntegrityError, 78),
+        (StoreUnavailableError, 75),
+        (RunBusyError, 75),
+        (FencedError, 76),
+    ],
+)
+def test_an_error_for_people_is_one_line_without_a_traceback(
+    kind: type[RangeFlowError], code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        raise kind("what was found") from OSError("the cause")
+    except RangeFlowError as error:
+        assert exit_code(error) == code
+    prefix = "FENCED" if code == 76 else "error"
+    assert capsys.readouterr() == ("", f"{prefix}: what was found\n")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("in step 3"), MemoryError(), RangeFlowError()])
+def test_a_defect_shows_its_traceback(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        raise error
+    except Exception as caught:
+        assert exit_code(caught) == 70
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and type(error).__name__ in shown and str(error) in shown
+
+
+def test_the_tree_at_the_top_of_the_errors_is_true(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every error of ours is drawn there, below its base, with the exit code that it means."""
+    drawing = (storage.errors.__doc__ or "").splitlines()[2:]
+    above: list[str] = []
+    drawn: dict[str, tuple[str, str | None]] = {}
+    for line in drawing:
+        indent, name, code = re.findall(r"^([|` -]*)(\w+).*?(?:\(exit (\d+)\))?$", line)[0]
+        del above[len(indent) // 4 :]
+        base = above[-1] if above else "Exception"
+        inherited = drawn[base][1] if base in drawn else None
+        drawn[name] = (base, code or inherited)
+        above.append(name)
+    defined = {n: kind for n, kind in vars(storage.errors).items() if isinstance(kind, type)}
+    assert {name: kind.__base__.__name__ for name, kind in defined.items()} == {
+        name: base for name, (base, _) in drawn.items()
+    }
+    for name, (_, code) in drawn.items():
+        assert exit_code(defined[name]("x")) == int(code or 70)

@@ -1,0 +1,384 @@
+"""What happens between steps: in which order, how often, and when a save fails."""
+
+import logging
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from data_service.batches import Batches
+from launch.build import build_training
+from launch.config import RunConfig
+from launch.phase import Phase
+from launch.world import World
+from storage.errors import ConfigurationError, FencedError, StoreUnavailableError
+from tests.made_sources import made_source, plan_of
+from trainer.evaluate import evaluate
+from trainer.loop import Loop, LoopConfig, Surroundings, held_out
+from trainer.model import ModelConfig
+from trainer.sample import sample
+from trainer.schedule import ScheduleConfig
+from trainer.step import BatchConfig, TrainStep
+
+CPU = torch.device("cpu")
+STEP = ["step", "micro_batch", "reduce", "update:before", "update:after"]
+NEVER = {
+    "eval_interval_steps": 0,
+    "sample_interval_steps": 0,
+    "save_interval_steps": 0,
+    "log_interval_steps": 1000,
+}
+
+
+@pytest.fixture(scope="module")
+def batches(tmp_path_factory: pytest.TempPathFactory) -> Batches:
+    folder = tmp_path_factory.mktemp("sources")
+    sources = {name: made_source(folder, name, start=len(name)) for name in ("code", "web")}
+    return Batches(
+        plan=plan_of(list(sources.values())),
+        sources=sources,
+        seed=5,
+        context=8,
+        global_batch_size=2,
+    )
+
+
+class Recorder:
+    """The surroundings of a loop that write down what they are told, in order."""
+
+    def __init__(
+        self,
+        training: TrainStep,
+        batches: Batches,
+        *,
+        save: Callable[[int], bool] = lambda step: True,
+        stop_at: int = 10**9,
+        rank: int = 0,
+    ) -> None:
+        self.events: list[tuple[int, str]] = []
+        """(finished steps, what)"""
+        self.rows: list[dict[str, Any]] = []
+        self.saves: list[tuple[int, float | None, bool]] = []
+        self.positions: list[int] = []
+        self.fenced = False
+        self.training = training
+        self._batches = batches
+        self._save = save
+        self._stop_at = stop_at
+        self._rank = rank
+        self._phase = Phase(lambda phase, step: self.events.append((step, phase)))
+
+    def next(self, step: int) -> Any:
+        self.positions.append(step)
+        return self._batches.batch(step)
+
+    def loop(self, max_steps: int, **config: Any) -> Loop:
+        around = Surroundings(
+            rank=self._rank,
+            world_size=1,
+            device=CPU,
+            gather=lambda value: [value],
+            announce=self._phase,
+            stop_requested=lambda: self._phase.step + 1 >= self._stop_at,
+            record=self._record,
+            flush=self._flush,
+            save=self._keep,
+        )
+        options = NEVER | {"sample_tokens": 3, "eval_windows": 4} | config
+        return Loop(
+            self.training,
+            self._batches,
+            self,
+            around,
+            LoopConfig(**options),
+            seed=5,
+            max_steps=max_steps,
+        )
+
+    def steps_of(self, name: str) -> list[int]:
+        return [step for step, event in self.events if event == name]
+
+    def _record(self, row: dict[str, Any]) -> None:
+        self._phase("record")
+        self.rows.append(row)
+
+    def _flush(self) -> None:
+        if self.fenced:
+            raise FencedError("a later incarnation owns the run")
+        self._phase("flush")
+
+    def _keep(self, step: int, validation_loss: float | None, healthy: bool) -> bool:
+        self._phase("save")
+        self.saves.append((step, validation_loss, healthy))
+        return self._save(step)
+
+
+def made_training(batches: Batches) -> TrainStep:
+    config = RunConfig(
+        seed=5,
+        model=ModelConfig(n_layer=1, n_head=2, n_embd=16, context=8),
+        schedule=ScheduleConfig(max_steps=50, warmup_steps=2),
+        batch=BatchConfig(global_batch_size=2, micro_batch_size=2, virtual_ranks=1),
+    )
+    return build_training(config, World(0, 1, CPU, "none"), batches)
+
+
+def recorder(batches: Batches, **options: Any) -> Recorder:
+    return Recorder(made_training(batches), batches, **options)
+
+
+def test_after_a_step_come_evaluation_samples_metrics_and_save(batches: Batches) -> None:
+    recorded = recorder(batches)
+    loop = recorded.loop(
+        2,
+        eval_interval_steps=1,
+        sample_interval_steps=1,
+        save_interval_steps=1,
+        log_interval_steps=1,
+    )
+    assert loop.run(0, 0)
+    after = ["evaluate", "sample", "record", "flush", "save"]
+    assert recorded.events == [
+        *[(0, phase) for phase in STEP],
+        *[(1, phase) for phase in after],
+        *[(1, phase) for phase in STEP],
+        *[(2, phase) for phase in after],
+    ]
+
+
+def test_each_happens_at_its_interval_and_at_the_end(batches: Batches) -> None:
+    recorded = recorder(batches)
+    loop = recorded.loop(
+        13,
+        eval_interval_steps=4,
+        sample_interval_steps=6,
+        save_interval_steps=5,
+        log_interval_steps=3,
+    )
+    assert loop.run(0, 0)
+    assert recorded.steps_of("evaluate") == [4, 8, 12, 13]
+    assert recorded.steps_of("sample") == [6, 12, 13]
+    assert recorded.steps_of("flush") == [3, 6, 9, 12, 13]
+    assert recorded.steps_of("save") == [5, 10, 13]
+    assert [row["step"] for row in recorded.rows] == list(range(1, 14))
+    assert [row["step"] for row in recorded.rows if "validation_loss" in row] == [4, 8, 12, 13]
+    assert [row["step"] for row in recorded.rows if "samples" in row] == [6, 12, 13]
+
+
+def test_an_interval_of_0_switches_off_even_at_the_end_but_the_last_save(batches: Batches) -> None:
+    recorded = recorder(batches)
+    assert recorded.loop(3).run(0, 0)
+    assert recorded.steps_of("evaluate") == []
+    assert recorded.steps_of("sample") == []
+    assert recorded.saves == [(3, None, True)]
+    assert set(recorded.rows[-1]) == {
+        "step",
+        "loss",
+        "learning_rate",
+        "gradient_norm",
+        "tokens_per_second",
+    }
+
+
+def test_a_save_is_told_the_validation_loss_of_its_step(batches: Batches) -> None:
+    recorded = recorder(batches)
+    assert recorded.loop(5, eval_interval_steps=2, save_interval_steps=1).run(0, 0)
+    losses = {row["step"]: row.get("validation_loss") for row in recorded.rows}
+    assert [loss for _, loss, _ in recorded.saves] == list(losses.values())
+    assert [step for step, loss in losses.items() if loss is not None] == [2, 4, 5]
+
+
+def test_the_validation_loss_is_that_of_the_model_after_the_step(batches: Batches) -> None:
+    recorded = recorder(batches)
+    assert recorded.loop(2, eval_interval_steps=1).run(0, 0)
+    windows, sources = held_out(batches, 4)
+    expected = evaluate(
+        recorded.training.model,
+        recorded.training.model,
+        windows,
+        sources,
+        micro_batch_size=16,
+        precision="fp32",
+        device=CPU,
+        rank=0,
+        world_size=1,
+        gather=lambda value: [value],
+    )
+    assert sorted(expected)[:3] == [
+        "validation_loss",
+        "validation_loss/code",
+        "validation_loss/web",
+    ]
+    assert expected.items() <= recorded.rows[-1].items()
+
+
+def test_held_out_windows_are_those_of_all_sources_in_order(batches: Batches) -> None:
+    windows, sources = held_out(batches, 3)
+    assert sources == ["code"] * 3 + ["web"] * 3
+    expected = np.concatenate([batches.validation_rows(3)[name] for name in ("code", "web")])
+    assert windows.tolist() == expected.tolist()
+
+
+def test_rows_come_from_the_position_and_steps_count_on(batches: Batches) -> None:
+    recorded = recorder(batches)
+    assert recorded.loop(9).run(6, 4)
+    assert recorded.positions == [4, 5, 6]
+    assert [row["step"] for row in recorded.rows] == [7, 8, 9]
+
+
+def test_a_loop_in_two_halves_says_the_same_as_one(batches: Batches) -> None:
+    config = {"eval_interval_steps": 2, "sample_interval_steps": 3}
+    whole, halves = recorder(batches), recorder(batches, stop_at=3)
+    assert whole.loop(6, **config).run(0, 0)
+    assert not halves.loop(6, **config).run(0, 0)
+    second = Recorder(halves.training, batches)
+    assert second.loop(6, **config).run(3, 3)
+    for row in (rows := [*halves.rows, *second.rows]) + whole.rows:
+        del row["tokens_per_second"]
+    assert rows == whole.rows
+
+
+def test_samples_tell_prompt_and_response(
+    batches: Batches, caplog: pytest.LogCaptureFixture
+) -> None:
+    recorded = recorder(batches)
+    caplog.set_level(logging.INFO, "trainer.loop")
+    prompts = ("def f(", "The ")
+    assert recorded.loop(1, sample_interval_steps=1, sample_prompts=prompts).run(0, 0)
+    samples = recorded.rows[0]["samples"]
+    assert [one["prompt"] for one in samples] == list(prompts)
+    assert all(isinstance(one["response"], str) for one in samples)
+    assert caplog.text.count("step 1: sample ") == 2
+
+
+def test_samples_are_drawn_by_seed_step_and_number(batches: Batches) -> None:
+    recorded = recorder(batches)
+    prompts = ("def f(", "def f(")
+    assert recorded.loop(2, sample_interval_steps=2, sample_prompts=prompts).run(0, 0)
+    responses = []
+    for number, prompt in enumerate(prompts):
+        ids = sample(
+            recorded.training.model,
+            [int(token) for token in batches.tokenizer.encode(prompt)],
+            tokens=3,
+            temperature=0.7,
+            end_of_text=batches.tokenizer.end_of_text,
+            key=(5, 2, number),
+            precision="fp32",
+            device=CPU,
+        )
+        responses.append(batches.tokenizer.decode(ids))
+    assert [one["response"] for one in recorded.rows[-1]["samples"]] == responses
+    assert responses[0] != responses[1]
+
+
+def test_only_rank_0_draws_samples(batches: Batches) -> None:
+    recorded = recorder(batches, rank=1)
+    assert recorded.loop(1, sample_interval_steps=1).run(0, 0)
+    assert recorded.steps_of("sample") == [1]
+    assert "samples" not in recorded.rows[0]
+
+
+def test_a_save_that_fails_on_the_way_does_not_stop_the_run(batches: Batches) -> None:
+    recorded = recorder(batches, save=lambda step: step != 2)
+    assert recorded.loop(5, save_interval_steps=1).run(0, 0)
+    assert [step for step, _, _ in recorded.saves] == [1, 2, 3, 4, 5]
+
+
+def test_a_save_that_fails_at_the_end_is_an_error(batches: Batches) -> None:
+    recorded = recorder(batches, save=lambda step: step != 4)
+    with pytest.raises(StoreUnavailableError, match=r"^step 4 could not be saved.* is safe\. "):
+        recorded.loop(4, save_interval_steps=1).run(0, 0)
+
+
+def test_a_save_that_fails_where_the_run_is_asked_to_stop_is_an_error(batches: Batches) -> None:
+    recorded = recorder(batches, save=lambda step: False, stop_at=2)
+    with pytest.raises(StoreUnavailableError, match=r"^step 2 could not be saved"):
+        recorded.loop(4).run(0, 0)
+
+
+def test_a_request_to_stop_saves_the_step_and_ends(batches: Batches) -> None:
+    recorded = recorder(batches, stop_at=2)
+    assert not recorded.loop(9).run(0, 0)
+    assert recorded.events[-2:] == [(2, "record"), (2, "save")]
+    assert [step for step, _, _ in recorded.saves] == [2]
+
+
+def test_a_request_to_stop_at_the_last_step_leaves_a_complete_run(batches: Batches) -> None:
+    recorded = recorder(batches, stop_at=3)
+    assert recorded.loop(3).run(0, 0)
+    assert [step for step, _, _ in recorded.saves] == [3]
+
+
+def test_a_run_that_is_already_complete_does_nothing(batches: Batches) -> None:
+    recorded = recorder(batches)
+    assert recorded.loop(3).run(3, 3)
+    assert recorded.events == []
+
+
+def test_a_fenced_run_ends_at_the_next_flush(batches: Batches) -> None:
+    recorded = recorder(batches)
+    recorded.fenced = True
+    with pytest.raises(FencedError, match="a later incarnation owns the run"):
+        recorded.loop(9, log_interval_steps=2, save_interval_steps=2).run(0, 0)
+    assert [row["step"] for row in recorded.rows] == [1, 2]
+    assert recorded.saves == []
+
+
+def poisoned(batches: Batches, bad: set[int], **options: Any) -> Recorder:
+    """Losses of the given steps are not finite; a loss scaler then skips the update."""
+    training = made_training(batches)
+    training.scaler = torch.amp.GradScaler("cpu", init_scale=1.0, enabled=True)
+    recorded = Recorder(training, batches, **options)
+
+    def forward(tokens: Tensor) -> Tensor:
+        logits: Tensor = training.model(tokens)
+        step = len(recorded.positions)
+        return logits * math.nan if step in bad else logits
+
+    training.forward = forward
+    return recorded
+
+
+def test_a_save_after_a_loss_that_is_not_finite_is_not_called_healthy(batches: Batches) -> None:
+    recorded = poisoned(batches, {2, 5})
+    assert recorded.loop(8, save_interval_steps=3).run(0, 0)
+    assert recorded.saves == [(3, None, False), (6, None, False), (8, None, True)]
+
+
+def test_a_failed_save_does_not_make_the_next_healthy(batches: Batches) -> None:
+    recorded = poisoned(batches, {2}, save=lambda step: step != 3)
+    assert recorded.loop(9, save_interval_steps=3).run(0, 0)
+    assert recorded.saves == [(3, None, False), (6, None, False), (9, None, True)]
+
+
+def test_people_are_told_loss_speed_and_what_is_left(
+    batches: Batches, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "trainer.loop")
+    assert recorder(batches).loop(4, log_interval_steps=2).run(0, 0)
+    line = r"step 2/4  loss \d\.\d{4}  rate 4\.00e-03  norm \d+\.\d\d  [\d,]+ tokens/s  ETA 0:00:0"
+    assert re.search(line, caplog.text)
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_windows": 0}, "eval_windows, .* must be at least 1; got 0, 16, 50"),
+        ({"eval_micro_batch_size": 0}, "must be at least 1; got 64, 0, 50"),
+        ({"log_interval_steps": 0}, "must be at least 1; got 64, 16, 0"),
+        ({"eval_interval_steps": -1}, "an interval cannot be negative; got -1"),
+        ({"sample_interval_steps": -2}, "an interval cannot be negative; got -2"),
+        ({"save_interval_steps": -3}, "an interval cannot be negative; got -3"),
+        ({"sample_temperature": -0.5}, r"sample_temperature cannot be negative; got -0\.5"),
+    ],
+)
+def test_impossible_intervals_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        LoopConfig(**changes)

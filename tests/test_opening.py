@@ -1,0 +1,291 @@
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpointing.history import history
+from checkpointing.incarnation import claim_run
+from launch.config import RunConfig, fields_of_kind, parse_config
+from launch.opening import OpenRun, open_run
+from launch.phase import Phase
+from launch.world import World, fingerprint
+from storage.errors import (
+    ConfigurationError,
+    FencedError,
+    IntegrityError,
+    RangeFlowError,
+    RunBusyError,
+    StoreUnavailableError,
+)
+from storage.log import Log, Record
+from storage.store import LocalStore
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU, "job-1")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LocalStore:
+    return LocalStore(tmp_path / "run")
+
+
+def settings(*flags: str) -> RunConfig:
+    """These tests are one process, which never proves itself gone: each start takes over."""
+    return parse_config(["--take_over", *flags])
+
+
+def opened(store: LocalStore, *flags: str) -> OpenRun:
+    return open_run(store, settings(*flags), ALONE, Phase())
+
+
+def claims(store: LocalStore) -> list[Record]:
+    return list(history(Log(store).refresh()).claim_records)
+
+
+def completed(store: LocalStore, step: int) -> None:
+    """Claim the run and end it, as a run of `step` steps does."""
+    run = opened(store)
+    assert run.incarnation is not None
+    run.incarnation.append("END", lambda _: {"step": step, "digest": "d" * 64})
+
+
+def test_a_run_is_created_once_and_claimed_at_every_start(store: LocalStore) -> None:
+    first = opened(store)
+    created = store.get("run.json")
+    second = opened(store)
+    assert store.get("run.json") == created
+    assert (first.generation, second.generation) == (1, 2)
+    assert not first.complete and not second.complete
+    assert [claim.body["run"] for claim in claims(store)] == [json.loads(created)["run"]] * 2
+
+
+def test_run_json_holds_the_format_and_the_identity(store: LocalStore) -> None:
+    opened(store, "--dropout=0.1")
+    run = json.loads(store.get("run.json"))
+    assert run["format"] == 1
+    assert run["identity"] == fields_of_kind(settings("--dropout=0.1"), "identity")
+
+
+def test_two_runs_have_two_names(tmp_path: Path) -> None:
+    names = set()
+    for number in range(2):
+        store = LocalStore(tmp_path / str(number))
+        opened(store)
+        names.add(json.loads(store.get("run.json"))["run"])
+    assert len(names) == 2
+
+
+def test_opening_leaves_nothing_but_the_run_and_its_log(store: LocalStore) -> None:
+    opened(store)
+    assert store.list("") == ["log/0000000001.json", "run.json"]
+
+
+def test_a_claim_says_who_claims_and_what_for(store: LocalStore) -> None:
+    opened(store, "--max_steps=9")
+    body = claims(store)[0].body
+    assert (body["job"], body["world_size"]) == ("job-1", 1)
+    assert body["fingerprint"] == fingerprint(CPU)
+    assert body["schedule"] == fields_of_kind(settings("--max_steps=9"), "schedule")
+    assert body["accepted_changes"] == {}
+
+
+def test_it_announces_before_it_reads_and_before_it_claims(store: LocalStore) -> None:
+    heard: list[tuple[str, int]] = []
+    phase = Phase(lambda name, step: heard.append((name, len(store.list("log/")))))
+    open_run(store, settings(), ALONE, phase)
+    assert heard == [("open", 0), ("claim", 0)]
+
+
+def test_another_device_or_torch_is_a_warning_naming_both(
+    store: LocalStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(store)
+    body = {**claims(store)[0].body, "fingerprint": {"device": "Tesla T4", "torch": "2.8"}}
+    claim_run(store, Log(store), body=body, take_over=True)
+    caplog.clear()
+    opened(store)
+    warned = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    here = fingerprint(CPU)
+    assert warned == [
+        f"device was Tesla T4 and is {here['device']}: the bits may differ from here on",
+        f"torch was 2.8 and is {here['torch']}: the bits may differ from here on",
+    ]
+    caplog.clear()
+    opened(store)
+    assert not [r for r in caplog.records if r.levelno == logging.WARNING], "said once"
+
+
+def test_another_schedule_is_told_and_recorded(
+    store: LocalStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(store, "--max_steps=9")
+    with caplog.at_level(logging.INFO):
+        opened(store, "--max_steps=12")
+    assert "schedule.max_steps changes from 9 to 12" in caplog.text
+    schedules = [claim.body["schedule"]["schedule.max_steps"] for claim in claims(store)]
+    assert schedules == [9, 12]
+
+
+def test_a_complete_run_is_not_claimed(store: LocalStore, caplog: pytest.LogCaptureFixture) -> None:
+    completed(store, step=9)
+    before = store.list("")
+    with caplog.at_level(logging.INFO):
+        run = opened(store, "--max_steps=9")
+    assert run == OpenRun(complete=True, generation=0, incarnation=None)
+    assert store.list("") == before
+    assert "the run is complete: 9 steps, digest ddd" in caplog.text
+    assert opened(store, "--max_steps=8").complete, "it has gone further than that"
+
+
+def test_a_complete_run_is_claimed_for_more_steps(store: LocalStore) -> None:
+    completed(store, step=9)
+    run = opened(store, "--max_steps=10")
+    assert not run.complete and run.generation == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"format": 2}', "has format 2; this version reads 1"),
+        (b"{}", "has format None; this version reads 1"),
+        (b'{"format": 1, "ru', r"run\.json is damaged: "),
+        (b"\xff", r"run\.json is damaged: "),
+        (b"", r"run\.json is damaged: "),
+    ],
+)
+def test_a_run_that_this_version_cannot_read_is_refused(
+    content: bytes, message: str, store: LocalStore
+) -> None:
+    store.put("run.json", content)
+    with pytest.raises(ConfigurationError, match=message):
+        opened(store)
+    assert store.list("") == ["run.json"]
+
+
+@pytest.mark.xfail(strict=True, reason="defect: run.json of another shape is not refused by name")
+@pytest.mark.parametrize("content", [b"[]", b'{"format": 1}'])
+def test_run_json_of_another_shape_is_refused(content: bytes, store: LocalStore) -> None:
+    store.put("run.json", content)
+    with pytest.raises(ConfigurationError, match=r"run\.json is damaged"):
+        opened(store)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["thesis.tex"], r"holds something that is not a run \(thesis\.tex\); give --run an empty"),
+        (["a/b", "c"], r"not a run \(a/b and more\); give --run an empty or a new place"),
+        (["log/0000000001.json"], r"not a run \(log/0000000001\.json\)"),
+    ],
+)
+def test_a_place_that_holds_something_else_is_refused_and_left_alone(
+    keys: list[str], message: str, store: LocalStore
+) -> None:
+    for key in keys:
+        store.put(key, b"mine")
+    with pytest.raises(ConfigurationError, match=message):
+        opened(store)
+    assert store.list("") == keys
+
+
+def test_what_a_killed_probe_left_does_not_make_a_place_another_one(store: LocalStore) -> None:
+    store.put("probe/0123", b"first")
+    assert opened(store).generation == 1
+
+
+class Overwrites(LocalStore):
+    """A place that ignores the condition of a creation."""
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        self.put(key, data)
+        return True
+
+
+def test_only_a_place_that_fences_becomes_a_run(tmp_path: Path) -> None:
+    store = Overwrites(tmp_path / "run")
+    with pytest.raises(ConfigurationError, match=r"cannot fence: .* pass --allow_unfenced_store"):
+        opened(store)
+    assert store.list("") == []
+    assert opened(store, "--allow_unfenced_store").generation == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--dropout=0.5",),
+            "dropout decides bits: the run has 0.0, this start asks for 0.5. Start anew with "
+            "--run runs/other, or pass --accept_change dropout, and exactness ends there",
+        ),
+        (("--seed=7",), "seed decides bits: the run has 0, this start asks for 7"),
+        (("--optimizer=adamw8bit",), "the run has 'adamw', this start asks for 'adamw8bit'"),
+        (("--eval_micro_batch_size=3",), "eval_micro_batch_size decides bits: the run has 16"),
+        (("--dropout=0.5", "--bias", "--accept_change=bias"), "dropout decides bits"),
+    ],
+)
+def test_an_identity_field_does_not_change(
+    flags: tuple[str, ...], message: str, store: LocalStore
+) -> None:
+    opened(store)
+    with pytest.raises(ConfigurationError) as refused:
+        opened(store, *flags)
+    assert message in str(refused.value)
+    assert len(claims(store)) == 1
+
+
+@pytest.mark.parametrize("name", ["weight_decay", "weight-decay", "optimizer.weight_decay"])
+def test_an_accepted_change_is_recorded_and_not_asked_for_again(
+    name: str, store: LocalStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(store)
+    opened(store, "--weight_decay=0.2", f"--accept_change={name}")
+    assert "optimizer.weight_decay changes from 0.1 to 0.2: exact up to here" in caplog.text
+    opened(store, "--weight_decay=0.2")
+    changes = [claim.body["accepted_changes"] for claim in claims(store)]
+    assert changes == [{}, {"optimizer.weight_decay": 0.2}, {}]
+    with pytest.raises(ConfigurationError, match=r"the run has 0\.2, this start asks for 0\.1"):
+        opened(store)
+
+
+class Other(World):
+    """Rank 1 of a world whose rank 0 has told it `outcome`."""
+
+    def __init__(self, outcome: dict[str, Any]) -> None:
+        super().__init__(1, 1, CPU, "job-1")
+        self._outcome = outcome
+
+    def broadcast(self, value: Any) -> Any:
+        assert value == {}, "only rank 0 looks at the run"
+        return self._outcome
+
+
+@pytest.mark.parametrize(
+    ("kind", "raised"),
+    [
+        (FencedError, FencedError),
+        (RunBusyError, RunBusyError),
+        (StoreUnavailableError, StoreUnavailableError),
+        (ConfigurationError, ConfigurationError),
+        (IntegrityError, ConfigurationError),
+    ],
+)
+def test_an_error_of_rank_0_is_raised_on_every_rank_with_its_exit_code(
+    kind: type[RangeFlowError], raised: type[RangeFlowError], store: LocalStore
+) -> None:
+    outcome = {"error": kind.__name__, "message": "what rank 0 found"}
+    with pytest.raises(RangeFlowError, match="what rank 0 found") as error:
+        open_run(store, settings(), Other(outcome), Phase())
+    assert type(error.value) is raised
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_other_ranks_get_the_generation_and_no_incarnation(
+    complete: bool, store: LocalStore
+) -> None:
+    outcome = {"complete": complete, "generation": 4}
+    run = open_run(store, settings(), Other(outcome), Phase())
+    assert run == OpenRun(complete=complete, generation=4, incarnation=None)
+    assert store.list("") == []

@@ -1,0 +1,316 @@
+"""One step: its gradient is that of the whole batch, clipped, scaled and applied."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from storage.errors import ConfigurationError
+from trainer.model import GPT, ModelConfig, initial_model, token_losses
+from trainer.numerics import Precision, make_scaler
+from trainer.optimizer import OptimizerConfig, make_optimizer
+from trainer.reduction import GradientReducer
+from trainer.schedule import ScheduleConfig, learning_rate
+from trainer.step import BatchConfig, StepResult, StepSettings, TrainStep, gradient_length
+
+CPU = torch.device("cpu")
+SCHEDULE = ScheduleConfig(max_steps=20, learning_rate=1e-2, warmup_steps=2)
+VOCABULARY = 65
+CONTEXT = 8
+
+SAME_SUM = {"rtol": 1e-4, "atol": 1e-6}
+"""Gradients of order 0.01 in float32, at most a hundred terms added in another order."""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """As a run has it; conftest.py puts the number back."""
+    torch.set_num_threads(1)
+
+
+def rows_of(size: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(VOCABULARY, (size, CONTEXT + 1), generator=generator)
+
+
+def made(
+    batch: BatchConfig,
+    *,
+    precision: Precision = "fp32",
+    scaler: torch.amp.GradScaler | None = None,
+    clip_norm: float = 0.0,
+    dropout: float = 0.0,
+    exact: bool = True,
+) -> TrainStep:
+    config = ModelConfig(n_layer=2, n_head=2, n_embd=16, context=CONTEXT, dropout=dropout)
+    model = initial_model(config, VOCABULARY, seed=2)
+    reducer = GradientReducer(
+        gradient_length(model),
+        virtual_ranks=batch.virtual_ranks,
+        rank=0,
+        size=1,
+        device=CPU,
+        exact=exact,
+    )
+    settings = StepSettings(
+        batch=batch,
+        schedule=SCHEDULE,
+        precision=precision,
+        clip_norm=clip_norm,
+        seed=3,
+        rank=0,
+        world_size=1,
+    )
+    optimizer = make_optimizer(model, OptimizerConfig())
+    scaler = make_scaler(precision, CPU) if scaler is None else scaler
+    return TrainStep(model, model, optimizer, scaler, reducer, settings)
+
+
+def run(
+    training: TrainStep,
+    step: int,
+    rows: Tensor,
+    *,
+    stop_requested: Callable[[], bool] = lambda: False,
+    announce: Callable[[str], None] = lambda phase: None,
+) -> StepResult:
+    return training.run(step, rows, stop_requested=stop_requested, announce=announce)
+
+
+def gradients_at(phase: str, training: TrainStep, rows: Tensor) -> tuple[StepResult, list[Tensor]]:
+    """The first step, and the gradients as they are when it enters a phase."""
+    found: list[Tensor] = []
+
+    def listener(name: str) -> None:
+        if name == phase:
+            found.extend(p.grad.clone() for p in training.model.parameters() if p.grad is not None)
+
+    return run(training, 0, rows, announce=listener), found
+
+
+def reference(rows: Tensor) -> tuple[float, GPT]:
+    """Loss and gradients of the whole batch at once, by autograd alone."""
+    model = made(BatchConfig()).model.train()
+    loss = token_losses(model(rows[:, :-1]), rows[:, 1:]).mean()
+    loss.backward()
+    return loss.item(), model
+
+
+def weights(training: TrainStep) -> list[Tensor]:
+    return [p.detach().clone() for p in training.model.parameters()]
+
+
+def same_bits(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> BatchConfig:
+    virtual_ranks = draw(st.integers(1, 6))
+    return BatchConfig(
+        global_batch_size=draw(st.integers(virtual_ranks, 14)),
+        micro_batch_size=draw(st.integers(1, 15)),
+        virtual_ranks=virtual_ranks,
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=batches(), exact=st.booleans())
+def test_the_gradient_is_that_of_the_whole_batch(batch: BatchConfig, exact: bool) -> None:
+    rows = rows_of(batch.global_batch_size)
+    result, found = gradients_at("update:before", made(batch, exact=exact), rows)
+    loss, model = reference(rows)
+    # A mean of at most 112 losses of about 4, in float32.
+    assert result.loss == pytest.approx(loss, rel=1e-6)
+    for (name, parameter), gradient in zip(model.named_parameters(), found, strict=True):
+        torch.testing.assert_close(
+            gradient, parameter.grad, **SAME_SUM, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert result.gradient_norm == pytest.approx(float(norm), rel=1e-5)  # as SAME_SUM
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 8, 100])
+def test_any_micro_batch_gives_the_same_loss(micro_batch_size: int) -> None:
+    whole = made(BatchConfig(global_batch_size=14, micro_batch_size=14, virtual_ranks=2))
+    split = made(
+        BatchConfig(global_batch_size=14, micro_batch_size=micro_batch_size, virtual_ranks=2)
+    )
+    for step in range(4):
+        rows = rows_of(14, seed=step)
+        # Adam divides by the root of the second moment, so that differences grow with the steps.
+        assert run(split, step, rows).loss == pytest.approx(run(whole, step, rows).loss, rel=1e-4)
+
+
+@settings(deadline=None)
+@given(batch=batches(), data=st.data())
+def test_shares_and_rows_cover_the_batch_once(batch: BatchConfig, data: st.DataObject) -> None:
+    size = data.draw(st.integers(1, batch.virtual_ranks))
+    everything = list(range(batch.global_batch_size))
+    shares = [batch.share(v) for v in range(batch.virtual_ranks)]
+    assert [row for share in shares for row in share] == everything
+    assert min(map(len, shares)) >= 1
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    rows = [batch.rows_of(rank, size) for rank in range(size)]
+    assert [row for of_rank in rows for row in of_rank] == everything
+
+
+def test_clipping_is_that_of_torch() -> None:
+    batch = BatchConfig(global_batch_size=8, micro_batch_size=8, virtual_ranks=1)
+    rows = rows_of(8)
+    result, found = gradients_at("update:after", made(batch, clip_norm=0.05), rows)
+    _, model = reference(rows)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    assert result.gradient_norm == pytest.approx(float(norm), rel=1e-5)  # as SAME_SUM
+    assert result.gradient_norm > 0.05
+    for parameter, gradient in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, **SAME_SUM)
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 1000.0])
+def test_a_gradient_below_the_limit_keeps_its_bits(clip_norm: float) -> None:
+    batch = BatchConfig(global_batch_size=8)
+    training = made(batch, clip_norm=clip_norm)
+    _, before = gradients_at("update:before", training, rows_of(8))
+    _, after = gradients_at("update:after", made(batch, clip_norm=clip_norm), rows_of(8))
+    assert same_bits(before, after)
+
+
+def test_the_rate_is_that_of_the_schedule_and_decides_the_update() -> None:
+    batch = BatchConfig(global_batch_size=8)
+    moved = []
+    for step in (0, 2, 11, 20):
+        training = made(batch)
+        before = weights(training)
+        result = run(training, step, rows_of(8))
+        assert result.learning_rate == learning_rate(step, SCHEDULE)
+        moved.append(not same_bits(before, weights(training)))
+    assert moved == [True, True, True, False]  # the rate is 0 from step 20 on
+
+
+def test_two_runs_of_the_same_steps_have_the_same_bits() -> None:
+    batch = BatchConfig(global_batch_size=8, micro_batch_size=2, virtual_ranks=3)
+    ends = []
+    for outside in (1, 2):
+        torch.manual_seed(outside)
+        training = made(batch, dropout=0.2, clip_norm=1.0)
+        results = [run(training, step, rows_of(8, seed=step)) for step in range(3)]
+        ends.append((results, weights(training)))
+    assert ends[0][0] == ends[1][0]
+    assert same_bits(ends[0][1], ends[1][1])
+
+
+def test_dropout_differs_between_steps() -> None:
+    batch = BatchConfig(global_batch_size=8)
+    losses = {run(made(batch, dropout=0.5), step, rows_of(8)).loss for step in range(4)}
+    assert len(losses) == 4
+
+
+def test_dropout_differs_between_virtual_ranks_and_micro_batches() -> None:
+    """Eight equal rows, each a micro-batch of its own, see eight different models."""
+    batch = BatchConfig(global_batch_size=8, micro_batch_size=1, virtual_ranks=4)
+    training = made(batch, dropout=0.5)
+    seen: list[Tensor] = []
+
+    def forward(tokens: Tensor) -> Tensor:
+        logits: Tensor = training.model(tokens)
+        seen.append(logits.detach())
+        return logits
+
+    training.forward = forward
+    run(training, 0, rows_of(1).expand(8, -1))
+    assert len(seen) == 8
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_scaling_the_loss_does_not_change_float32() -> None:
+    """A power of two is undone exactly, so that the scaler can be judged by bits."""
+    batch = BatchConfig(global_batch_size=8, micro_batch_size=2, virtual_ranks=3)
+    plain = made(batch, clip_norm=0.5)
+    scaled = made(
+        batch, clip_norm=0.5, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=True)
+    )
+    for step in range(4):
+        rows = rows_of(8, seed=step)
+        assert run(plain, step, rows) == run(scaled, step, rows)
+    assert same_bits(weights(plain), weights(scaled))
+
+
+def test_an_overflow_of_fp16_skips_the_update_and_halves_the_scale() -> None:
+    batch = BatchConfig(global_batch_size=8, micro_batch_size=2, virtual_ranks=3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, enabled=True)
+    training = made(batch, precision="fp16", scaler=scaler, clip_norm=1.0)
+    before = weights(training)
+    overflows = 0
+    while not math.isfinite((result := run(training, 5, rows_of(8))).gradient_norm):
+        overflows += 1
+        assert math.isfinite(result.loss)
+        assert scaler.get_scale() == 2.0 ** (30 - overflows)
+        assert same_bits(weights(training), before)
+        moments = [t for state in training.optimizer.state.values() for t in state.values()]
+        assert not any(tensor.any() for tensor in moments)
+    assert 1 <= overflows < 30
+    assert scaler.get_scale() == 2.0 ** (30 - overflows)
+    assert not same_bits(weights(training), before)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_near_float32(precision: Precision) -> None:
+    batch = BatchConfig(global_batch_size=8)
+    full, half = made(batch), made(batch, precision=precision)
+    for step in range(4):
+        rows = rows_of(8, seed=step)
+        # bf16 has 8 bits of mantissa: relative errors of 0.4 % in logits, less in a mean of losses.
+        assert run(half, step, rows).loss == pytest.approx(run(full, step, rows).loss, rel=5e-3)
+
+
+@pytest.mark.parametrize("answers", [[False] * 4, [True] * 4, [False, False, False, True]])
+@pytest.mark.parametrize("exact", [True, False])
+def test_whether_to_stop_is_returned(answers: list[bool], exact: bool) -> None:
+    batch = BatchConfig(global_batch_size=8, virtual_ranks=4)
+    asked = iter(answers)
+    training = made(batch, exact=exact)
+    result = run(training, 0, rows_of(8), stop_requested=lambda: next(asked))
+    assert result.stop is any(answers)
+
+
+def test_a_request_to_stop_does_not_change_the_update() -> None:
+    batch = BatchConfig(global_batch_size=8, virtual_ranks=4)
+    stopped, free = made(batch), made(batch)
+    run(stopped, 0, rows_of(8), stop_requested=lambda: True)
+    run(free, 0, rows_of(8))
+    assert same_bits(weights(stopped), weights(free))
+
+
+def test_a_step_announces_its_phases_in_order_and_leaves_no_gradients() -> None:
+    batch = BatchConfig(global_batch_size=8, micro_batch_size=2, virtual_ranks=3)
+    training = made(batch)
+    training.model.eval()
+    heard: list[str] = []
+    run(training, 0, rows_of(8), announce=heard.append)
+    # Shares of 2, 3 and 3 sequences in micro-batches of at most 2.
+    assert heard == ["micro_batch"] * 5 + ["reduce", "update:before", "update:after"]
+    assert all(p.grad is None for p in training.model.parameters())
+    assert training.model.training
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"micro_batch_size": 0}, "every size of a batch must be at least 1; got .*micro_batch_"),
+        ({"virtual_ranks": 0}, "every size of a batch must be at least 1; got .*virtual_ranks=0"),
+        ({"global_batch_size": 0}, "every size of a batch must be at least 1; got BatchConfig"),
+        (
+            {"global_batch_size": 3, "virtual_ranks": 4},
+            "global_batch_size must be at least virtual_ranks.*got 3 and 4",
+        ),
+    ],
+)
+def test_impossible_batches_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        BatchConfig(**changes)
