@@ -15,6 +15,7 @@ from launch.config import RunConfig
 from launch.notice import Notice
 from launch.phase import Phase
 from launch.world import World
+from storage.canonical import sha256_hex
 from storage.errors import StoreUnavailableError
 from storage.store import Store
 from trainer.loop import Surroundings
@@ -120,7 +121,8 @@ def open_metrics(
 ) -> Metrics:
     """The curves of this incarnation: in the run, or in `runs/<name>` when the run is remote."""
     inside = store.local_path("metrics.jsonl")
-    folder = inside.parent if inside else Path("runs") / config.run.rstrip("/").rpartition("/")[2]
+    name = f"{config.run.rstrip('/').rpartition('/')[2]}-{sha256_hex(config.run.encode())[:8]}"
+    folder = inside.parent if inside else Path("runs") / name
     logger.info("curves: tensorboard --logdir %s", folder / "tensorboard")
     return stack.enter_context(Metrics(folder, generation=generation, step=step))
 

@@ -195,7 +195,20 @@ def test_all_numbers_of_a_row_are_curves_at_the_time_of_the_step(tmp_path: Path)
         assert (event.step, event.value, event.wall_time) == (1, number, 1234.568)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(lines[0]) == {"step": 1, **numbers, "time": 1234.568}
-    assert curve_of_events(tmp_path) == curve_of_lines(tmp_path) == [(1, 2.5), (2, math.inf)]
+    assert curve_of_events(tmp_path) == [(1, 2.5), (2, math.inf)]
+    assert curve_of_lines(tmp_path) == [(1, 2.5), (2, None)], "JSON has no infinity"
+
+
+def test_undecodable_bytes_in_the_lines_stop_no_start(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.5}\n\xff\xfe\n')
+    with Metrics(tmp_path, generation=1, step=3):
+        assert curve_of_lines(tmp_path) == [(1, 2.5)]
+
+
+def test_what_will_be_written_again_is_purged_at_once(tmp_path: Path) -> None:
+    written(tmp_path, 1, 0, 6)
+    with Metrics(tmp_path, generation=2, step=3):
+        assert [step for step, _ in curve_of_events(tmp_path)] == [1, 2, 3]
 
 
 def test_samples_are_text_that_tensorboard_reads(tmp_path: Path) -> None:

@@ -273,18 +273,60 @@ def test_other_weights_are_refused(
         restored(made(batches), loaded, batches)
 
 
-def test_a_parameter_without_optimizer_state_is_refused(batches: Batches, loaded: Loaded) -> None:
-    for name in [name for name in loaded.tensors if name.startswith(f"optimizer.{WEIGHT}.")]:
+def _drop(item: str) -> Callable[[Loaded], None]:
+    def change(loaded: Loaded) -> None:
+        del loaded.tensors[f"optimizer.{WEIGHT}.{item}"]
+
+    return change
+
+
+def _set(item: str, value: Tensor) -> Callable[[Loaded], None]:
+    return lambda loaded: loaded.tensors.update({f"optimizer.{item}": value})
+
+
+def _drop_all(loaded: Loaded) -> None:
+    for name in [name for name in loaded.tensors if name.startswith("optimizer.")]:
         del loaded.tensors[name]
-    with pytest.raises(IntegrityError, match=r"^1 parameters have no optimizer state"):
-        restored(made(batches), loaded, batches)
 
 
-def test_optimizer_state_of_no_parameter_is_refused(batches: Batches, loaded: Loaded) -> None:
-    loaded.tensors["optimizer.lm_head.weight.exp_avg"] = torch.zeros(1)
-    message = "the optimizer state is of 'lm_head.weight', which the model lacks"
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_drop("exp_avg"), rf"same state: {WEIGHT}\.exp_avg$"),
+        (_drop("exp_avg_sq"), rf"same state: {WEIGHT}\.exp_avg_sq$"),
+        (_drop("step"), rf"same state: {WEIGHT}\.step$"),
+        (_drop_all, "has no optimizer state, and is not of step 0"),
+        (_set(f"{WEIGHT}.other", torch.zeros(1)), rf"same state: {WEIGHT}\.other$"),
+        (_set("lm_head.weight.exp_avg", torch.zeros(1)), r"same state: lm_head\.weight\.exp_avg$"),
+        (
+            _set(f"{WEIGHT}.exp_avg", torch.zeros(1)),
+            rf"{WEIGHT}\.exp_avg is torch\.float32 \[1\] in the checkpoint, not torch\.float32",
+        ),
+        (_set(f"{WEIGHT}.exp_avg", torch.zeros(32).double()), r"is torch\.float64 \[32\]"),
+        (
+            lambda loaded: loaded.exact["optimizer"].update({f"{WEIGHT}.other": 1}),
+            rf"same state: {WEIGHT}\.other$",
+        ),
+        (lambda loaded: loaded.tensors.update({"other.x": torch.zeros(1)}), "expected others"),
+        (lambda loaded: loaded.extra.pop("generators"), "lacks the state of generators"),
+        (
+            lambda loaded: loaded.extra["generators"].pop("numpy"),
+            "lacks the state of generators: 'numpy'",
+        ),
+    ],
+)
+def test_state_that_is_missing_unexpected_or_of_another_kind_is_refused(
+    change: Callable[[Loaded], None], message: str, batches: Batches, loaded: Loaded
+) -> None:
+    change(loaded)
     with pytest.raises(IntegrityError, match=message):
         restored(made(batches), loaded, batches)
+
+
+def test_a_cursor_of_another_step_is_refused(batches: Batches, loaded: Loaded) -> None:
+    exact = {**loaded.exact, "step": 7}
+    with pytest.raises(IntegrityError, match="the cursor is of step 2, the checkpoint of 7"):
+        resume_position(batches, exact)
 
 
 @pytest.mark.parametrize(("saved", "run"), [("fp16", "fp32"), ("fp32", "fp16")])

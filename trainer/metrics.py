@@ -8,6 +8,7 @@ in the order of generations, each of which begins by purging what it will write 
 
 import io
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -50,6 +51,7 @@ class Metrics:
         self._record(Event(file_version="brain.Event:2"))
         start = SessionLog(status=SessionLog.START)
         self._record(Event(session_log=start, step=step + 1))
+        self.flush()
 
     def __enter__(self) -> "Metrics":
         return self
@@ -70,7 +72,7 @@ class Metrics:
     def flush(self) -> None:
         """Write the rows that wait. Raises StoreUnavailableError when the disk refuses."""
         rows, self._rows = self._rows, []
-        lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        lines = "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows).encode()
         for row in rows:
             self._write_events(row)
         try:
@@ -99,11 +101,17 @@ class Metrics:
         self._records.write(event.SerializeToString())
 
 
+def _finite(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with null for what JSON has no number for."""
+    lost = {k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)}
+    return {name: None if name in lost else value for name, value in row.items()}
+
+
 def _reopen(path: Path, step: int) -> BinaryIO:
     """A new file in the place of `path`, with its rows up to `step`, open for appending."""
     kept: list[str] = []
     if path.exists():
-        for line in path.read_text().splitlines():
+        for line in path.read_text(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")

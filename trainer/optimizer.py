@@ -1,6 +1,6 @@
 """AdamW, fused or in 8 bits, and its state as named tensors."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -76,30 +76,50 @@ def load_optimizer_state(
     tensors: Mapping[str, Tensor],
     numbers: Mapping[str, int | float],
 ) -> None:
-    """Put back what `optimizer_state` gave. Raises IntegrityError for an unknown parameter.
+    """Put back what `optimizer_state` gave: the items that a first step makes, and no others.
 
-    The items are set as they are: `load_state_dict` would cast some of them.
+    Nothing at all is the state before the first step. Raises IntegrityError for an item that is
+    missing, unexpected, or of another shape or dtype. The items are set as they are:
+    `load_state_dict` would cast some of them.
     """
-    optimizer.state.clear()
-    for key, value in [*tensors.items(), *numbers.items()]:
+    if not tensors and not numbers:
+        optimizer.state.clear()
+        return
+    given: dict[str, Tensor | int | float] = {**tensors, **numbers}
+    expected = _first_state(optimizer, parameters)
+    if given.keys() != expected.keys():
+        names = ", ".join(sorted(given.keys() ^ expected.keys())[:5])
+        raise IntegrityError(f"checkpoint and optimizer do not have the same state: {names}")
+    for key, fresh in expected.items():
         name, _, item = key.rpartition(".")
-        if name not in parameters:
-            raise IntegrityError(f"the optimizer state is of {name!r}, which the model lacks")
-        parameter = parameters[name]
-        if isinstance(value, Tensor):
-            on_cpu = item == "step" and not _steps_on_device(optimizer)
-            value = value.clone() if on_cpu else value.to(parameter.device, copy=True)
-        optimizer.state[parameter][item] = value
-    require_complete_state(optimizer, parameters.values())
+        value = given[key]
+        if _kind(value) != _kind(fresh):
+            raise IntegrityError(f"{key} is {_kind(value)} in the checkpoint, not {_kind(fresh)}")
+        if isinstance(value, Tensor) and isinstance(fresh, Tensor):
+            value = value.to(fresh.device, copy=True)
+        optimizer.state[parameters[name]][item] = value
 
 
-def require_complete_state(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Raise IntegrityError unless all parameters have state, or none (before the first step)."""
-    have = [bool(optimizer.state.get(p)) for p in parameters]
-    if any(have) and not all(have):
-        raise IntegrityError(f"{have.count(False)} parameters have no optimizer state")
+def _first_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]
+) -> dict[str, Tensor | int | float]:
+    """The items of a state before the first step, by name; the optimizer then has them."""
+    optimizer.state.clear()
+    names = {parameter: name for name, parameter in parameters.items()}
+    for group_number, group in enumerate(optimizer.param_groups):
+        for number, parameter in enumerate(group["params"]):
+            if isinstance(optimizer, torch.optim.AdamW):
+                state = optimizer.state[parameter]
+                state["step"] = torch.zeros((), device=parameter.device)
+                state["exp_avg"] = torch.zeros_like(parameter, dtype=torch.float32)
+                state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=torch.float32)
+            else:
+                optimizer.init_state(group, parameter, group_number, number)  # type: ignore[attr-defined]
+    tensors, numbers = optimizer_state(optimizer, names)
+    return {**tensors, **numbers}
 
 
-def _steps_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Fused AdamW keeps its step counters beside the parameters."""
-    return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+def _kind(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype} {list(value.shape)}"
+    return type(value).__name__

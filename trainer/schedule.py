@@ -28,7 +28,7 @@ class ScheduleConfig:
 
 
 def learning_rate(step: int, config: ScheduleConfig) -> float:
-    """The rate of the step that follows `step` finished ones (nanoGPT's get_lr)."""
+    """The rate of the step that follows `step` finished ones (linear, then cosine)."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     span = max(1, config.max_steps - config.warmup_steps)

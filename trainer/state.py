@@ -52,16 +52,28 @@ def restore_state(training: TrainStep, loaded: Loaded, *, batches: Batches, seed
         raise IntegrityError(f"the checkpoint holds {sorted(exact)}, expected {sorted(expected)}")
     if exact["seed"] != seed:
         raise IntegrityError(f"the checkpoint is of seed {exact['seed']}, the run of seed {seed}")
+    parts = {name.partition(".")[0] for name in loaded.tensors}
+    if not parts <= {"model", "optimizer"}:
+        raise IntegrityError(f"the checkpoint holds tensors of {sorted(parts)}, expected others")
     restore_model(training.model, _part(loaded.tensors, "model."))
-    restore_optimizer(training, _part(loaded.tensors, "optimizer."), exact["optimizer"])
     restore_scaler(training.scaler, exact["scaler"])
-    restore_generators(loaded.extra["generators"])
+    moments = _part(loaded.tensors, "optimizer.")
+    if exact["step"] and not moments and not training.scaler.is_enabled():  # it may skip all steps
+        raise IntegrityError("the checkpoint has no optimizer state, and is not of step 0")
+    restore_optimizer(training, moments, exact["optimizer"])
+    try:
+        restore_generators(loaded.extra["generators"])
+    except KeyError as error:
+        raise IntegrityError(f"the checkpoint lacks the state of generators: {error}") from error
     return int(exact["step"])
 
 
 def resume_position(batches: Batches, exact: Mapping[str, Any]) -> int:
     """The step whose batch comes next, from the cursor, which is recomputed and compared."""
-    return batches.check_cursor(exact["cursor"])
+    position = batches.check_cursor(exact["cursor"])
+    if position != exact["step"]:
+        raise IntegrityError(f"the cursor is of step {position}, the checkpoint of {exact['step']}")
+    return position
 
 
 def restore_model(model: GPT, tensors: Mapping[str, Tensor]) -> None:
