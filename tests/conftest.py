@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -57,6 +58,20 @@ def interrupt() -> Callable[[str, int], Callable[[str, int], None]]:
 @pytest.fixture(autouse=True)
 def same_process() -> Iterator[None]:
     """The program sets the number of threads and the root logger; a test leaves them as before."""
+    with as_before():
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def same_process_after_the_module() -> Iterator[None]:
+    """What its fixtures changed, too, which are made before a test's own are."""
+    with as_before():
+        yield
+
+
+@contextmanager
+def as_before() -> Iterator[None]:
+    """Number of threads and root logger are at the end what they were at the beginning."""
     threads, root = torch.get_num_threads(), logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield

@@ -1,6 +1,5 @@
 """Exported weights give others the same model: transformers' GPT-2 is the reference."""
 
-import dataclasses
 import errno
 import json
 import re
@@ -11,27 +10,22 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 from checkpointing.export import _write_weights, end_of_text, export, main
-from checkpointing.gpt2_layout import TABLE, Row, gpt2_config, gpt2_tensors
-from checkpointing.history import Checkpoint, History, history
+from checkpointing.history import history
 from checkpointing.load import load
-from checkpointing.naming import chosen
 from checkpointing.pins import pinned_checkpoints
 from data_service.tokenizer import ByteTokenizer, CharacterTokenizer, Gpt2Tokenizer
 from storage.canonical import canonical_json, sha256_hex
 from storage.errors import ConfigurationError, IntegrityError
 from storage.log import Draft, Log
 from storage.store import open_store
+from tests.gpt2_reference import TOLERANCE, as_gpt2, logits_of_both
 from tests.programs import checkpoints, train_here
 from trainer.model import GPT, ModelConfig, token_losses
 from trainer.sample import sample
 from trainer.state import restore_model
-
-TOLERANCE = {"rtol": 0.0, "atol": 2e-5}
-"""Logits of order 1 in float32, the same sums in another order (Conv1D's addmm, another attention
-kernel). Measured on a CPU: at most 1.5e-6; with a wrong table entry 0.7 and more."""
 
 TRAINING = (
     "--max_steps=4",
@@ -74,12 +68,6 @@ def theirs(folder: Path) -> GPT2LMHeadModel:
     model, report = GPT2LMHeadModel.from_pretrained(folder, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval()
-
-
-def logits_of_both(model: GPT, other: GPT2LMHeadModel) -> tuple[Tensor, Tensor]:
-    tokens = torch.randint(model.vocab_size, (3, model.config.context))
-    with torch.no_grad():
-        return model(tokens)[..., : model.vocab_size], other(tokens).logits
 
 
 @pytest.mark.parametrize("kind", ["run", "run_without_biases"])
@@ -148,72 +136,6 @@ def test_transformers_repeats_what_a_model_has_learnt() -> None:
     prompt, learnt = text[0, :3].tolist(), text[0, 3:].tolist()
     assert greedy(model.eval(), prompt, 69) == learnt
     assert their_greedy(as_gpt2(model), prompt, 69) == learnt
-
-
-def random_model(*, bias: bool) -> GPT:
-    """Every parameter is random, so that none can be left out or exchanged unseen."""
-    model = GPT(ModelConfig(n_layer=2, n_head=2, n_embd=16, context=24, bias=bias), 70)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.3)
-    return model.eval()
-
-
-def as_gpt2(model: GPT, table: tuple[Row, ...] = TABLE) -> GPT2LMHeadModel:
-    """transformers' model with our weights through a table, without files."""
-    fields = dataclasses.asdict(model.config)
-    other = GPT2LMHeadModel(GPT2Config(**gpt2_config(fields, vocab_size=70, end=None)))
-    tensors = gpt2_tensors(
-        model.state_dict(), n_layer=2, bias=model.config.bias, vocab_size=70, table=table
-    )
-    other.load_state_dict({**tensors, "lm_head.weight": tensors["transformer.wte.weight"]})
-    return other.eval()
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_every_row_of_the_table_is_right(bias: bool) -> None:
-    model = random_model(bias=bias)
-    expected, found = logits_of_both(model, as_gpt2(model))
-    torch.testing.assert_close(found, expected, **TOLERANCE)
-
-
-def exchanged(one: str, other: str) -> tuple[Row, ...]:
-    """The table with the GPT-2 names of two rows exchanged."""
-    names = {one: other, other: one}
-
-    def short(name: str) -> str:
-        return name.removeprefix("transformer.").removeprefix("h.{layer}.")
-
-    return tuple(
-        row._replace(gpt2=row.gpt2.replace(short(row.gpt2), names[short(row.gpt2)]))
-        if short(row.gpt2) in names
-        else row
-        for row in TABLE
-    )
-
-
-@pytest.mark.parametrize(
-    "table",
-    [
-        # the only square projection: of the others, the shape would tell
-        tuple(r._replace(transposed=r.transposed and "attn.c_proj" not in r.ours) for r in TABLE),
-        exchanged("ln_1.weight", "ln_2.weight"),
-        exchanged("ln_1.bias", "ln_2.bias"),
-        exchanged("attn.c_proj.bias", "mlp.c_proj.bias"),
-        exchanged("ln_1.weight", "ln_1.bias"),
-    ],
-    ids=["not transposed", "norms", "norm biases", "projection biases", "weight and bias"],
-)
-def test_with_a_wrong_table_the_logits_differ(table: tuple[Row, ...]) -> None:
-    model = random_model(bias=True)
-    expected, found = logits_of_both(model, as_gpt2(model, table))
-    assert float((found - expected).abs().max()) > 0.1
-
-
-def test_without_any_transposition_transformers_refuses_the_weights() -> None:
-    table = tuple(row._replace(transposed=False) for row in TABLE)
-    with pytest.raises(RuntimeError, match=r"size mismatch for transformer.h.0.attn.c_attn.weight"):
-        as_gpt2(random_model(bias=True), table)
 
 
 def test_the_config_is_that_of_gpt2(run: Path, tmp_path: Path) -> None:
@@ -318,47 +240,6 @@ def test_a_retired_step_is_refused_with_the_live_ones(run: Path, tmp_path: Path)
         export(str(copy), str(tmp_path / "out"), step="2")
 
 
-def past_of(*losses: float | None) -> History:
-    found = tuple(
-        Checkpoint(
-            index=index,
-            step=10 * index,
-            generation=1,
-            digest="",
-            manifest_key="",
-            manifest_sha256="",
-            parent=None,
-            healthy=True,
-            validation_loss=loss,
-            written_at=0.0,
-        )
-        for index, loss in enumerate(losses, start=1)
-    )
-    return History(claim=None, claim_records=(), checkpoints=found, plans=(), end=None)
-
-
-def test_best_is_the_newest_of_the_lowest_validation_losses() -> None:
-    past = past_of(3.0, 1.0, None, 1.0, 2.0)
-    assert chosen(past, "best").step == 40
-    assert chosen(past, "latest").step == 50
-    assert chosen(past, "30").step == 30
-    assert chosen(past_of(0.0, 1.0), "best").step == 10
-
-
-@pytest.mark.parametrize(
-    ("past", "name", "message"),
-    [
-        (past_of(), "latest", r"no live checkpoint yet"),
-        (past_of(None, None), "best", r"no live checkpoint has a validation loss.*\(10, 20\)"),
-        (past_of(1.0), "15", r"`best`, `latest` or one of the live checkpoints \(10\); got '15'"),
-        (past_of(1.0), "newest", r"got 'newest'"),
-    ],
-)
-def test_a_checkpoint_that_is_not_there_is_refused(past: History, name: str, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=message):
-        chosen(past, name)
-
-
 def test_a_folder_with_something_else_is_refused(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export(str(run), str(out))
@@ -383,16 +264,6 @@ def test_a_full_disk_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "full.pt").symlink_to("/dev/full")
     with pytest.raises(OSError, match="did not write all of it"):
         _write_weights(tmp_path / "full.pt", {"a": torch.zeros(1000)})
-
-
-def test_weights_that_are_not_those_of_a_gpt2_are_refused() -> None:
-    weights = random_model(bias=False).state_dict()
-    with pytest.raises(ConfigurationError, match=r"GPT-2 has no place for lora; .*safetensors"):
-        gpt2_tensors({**weights, "lora": torch.zeros(1)}, n_layer=2, bias=False, vocab_size=70)
-    with pytest.raises(ConfigurationError, match=r"a GPT-2 has transformer.h.0.ln_1.bias"):
-        gpt2_tensors(weights, n_layer=2, bias=True, vocab_size=70)
-    with pytest.raises(ConfigurationError, match=r"has 129 tokens, and .*wte.weight has 128 rows"):
-        gpt2_tensors(weights, n_layer=2, bias=False, vocab_size=129)
 
 
 def test_a_checkpoint_without_a_vocabulary_is_refused(run: Path, tmp_path: Path) -> None:

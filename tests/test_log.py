@@ -88,8 +88,16 @@ def test_a_record_knows_the_highest_generation_also_when_its_claim_is_damaged(
     assert again.highest_generation == 5
 
 
-@pytest.mark.parametrize("damaged", [1, 2, 3])
-@pytest.mark.parametrize("how", ["flipped", "cut", "deleted", "exchanged", "foreign"])
+DAMAGE = [
+    (how, damaged)
+    for how in ("flipped", "cut", "deleted", "exchanged", "foreign")
+    for damaged in (1, 2, 3)
+    # a whole other first record is told by the second's chain alone
+    if (how, damaged) != ("foreign", 1)
+]
+
+
+@pytest.mark.parametrize(("how", "damaged"), DAMAGE)
 def test_a_damaged_record_is_left_out_and_the_others_kept(
     how: str, damaged: int, store: Store, tmp_path: Path
 ) -> None:
@@ -110,8 +118,6 @@ def test_a_damaged_record_is_left_out_and_the_others_kept(
         other = LocalStore(tmp_path / "other")
         for number in (7, 8, 9):
             Log(other).append(lambda _, n=number: note(str(n)))
-        if damaged == 1:
-            pytest.skip("a whole other first record is told by the second's chain alone")
         store.put(key, other.get(key))
     assert texts(store) == [str(n) for n in (1, 2, 3) if n != damaged]
     Log(store).append(lambda _: note("4"))

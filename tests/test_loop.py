@@ -290,15 +290,21 @@ def test_a_save_that_fails_on_the_way_does_not_stop_the_run(batches: Batches) ->
     assert [step for step, _, _ in recorded.saves] == [1, 2, 3, 4, 5]
 
 
+FAILED = (
+    "^step {} could not be saved, for the reason in the warning above; what was committed before "
+    "is safe. Start again with the same command when the store works$"
+)
+
+
 def test_a_save_that_fails_at_the_end_is_an_error(batches: Batches) -> None:
     recorded = recorder(batches, save=lambda step: step != 4)
-    with pytest.raises(StoreUnavailableError, match=r"^step 4 could not be saved.* is safe\. "):
+    with pytest.raises(StoreUnavailableError, match=FAILED.format(4)):
         recorded.loop(4, save_interval_steps=1).run(0, 0)
 
 
 def test_a_save_that_fails_where_the_run_is_asked_to_stop_is_an_error(batches: Batches) -> None:
     recorded = recorder(batches, save=lambda step: False, stop_at=2)
-    with pytest.raises(StoreUnavailableError, match=r"^step 2 could not be saved"):
+    with pytest.raises(StoreUnavailableError, match=FAILED.format(2)):
         recorded.loop(4).run(0, 0)
 
 

@@ -244,6 +244,20 @@ def test_a_disk_that_refuses_a_flush_is_an_error_of_the_store(tmp_path: Path) ->
     assert curve_of_events(tmp_path) == expected
 
 
+@pytest.mark.parametrize("most_bytes", [200, 500, 1000, 3000])
+def test_after_a_flush_that_failed_closing_writes_nothing(most_bytes: int, tmp_path: Path) -> None:
+    """Also when there is room again by then: what a half line is followed by would be lost."""
+    refused = pytest.raises(StoreUnavailableError, match=r"^metrics: File too large$")
+    with Metrics(tmp_path, generation=1, step=0) as metrics:
+        add(metrics, 1, range(1, 200))
+        with full_disk(most_bytes), refused:
+            metrics.flush()
+        files = (tmp_path / "metrics.jsonl", events_file(tmp_path, 1))
+        left = [file.read_bytes() for file in files]
+    assert [file.read_bytes() for file in files] == left
+    assert max(map(len, left)) == most_bytes
+
+
 def test_a_folder_that_cannot_be_made_is_an_error_of_the_store(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreUnavailableError, match="file/run: Not a directory"):

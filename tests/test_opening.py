@@ -8,7 +8,7 @@ import torch
 
 from checkpointing.history import history
 from checkpointing.incarnation import claim_run
-from launch.config import RunConfig, fields_of_kind, parse_config
+from launch.config import FIXED, RunConfig, fields_of_kind, parse_config
 from launch.opening import OpenRun, open_run
 from launch.phase import Phase
 from launch.world import World, fingerprint
@@ -149,11 +149,14 @@ def test_a_complete_run_is_claimed_for_more_steps(store: LocalStore) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"format": 2}', "has format 2; this version reads 1"),
-        (b"{}", "has format None; this version reads 1"),
-        (b'{"format": 1, "ru', r"run\.json is damaged: "),
-        (b"\xff", r"run\.json is damaged: "),
-        (b"", r"run\.json is damaged: "),
+        (b'{"format": 2}', r"run\.json has format 2, expected 1: it is no run, or one of another"),
+        (b"{}", r"run\.json has format None, expected 1: it is no run"),
+        (b"[]", r"run\.json has format None, expected 1: it is no run"),
+        (b'{"format": 1}', r"run\.json has format 1, expected 1: it is no run"),
+        (b'{"format": 1, "run": "x", "identity": 3}', r"run\.json .*: it is no run"),
+        (b'{"format": 1, "ru', r"run\.json is damaged \(.*\); put back a copy of it"),
+        (b"\xff", r"run\.json is damaged \(.*\); put back a copy of it"),
+        (b"", r"run\.json is damaged \(.*\); put back a copy of it"),
     ],
 )
 def test_a_run_that_this_version_cannot_read_is_refused(
@@ -163,14 +166,6 @@ def test_a_run_that_this_version_cannot_read_is_refused(
     with pytest.raises(ConfigurationError, match=message):
         opened(store)
     assert store.list("") == ["run.json"]
-
-
-@pytest.mark.xfail(strict=True, reason="defect: run.json of another shape is not refused by name")
-@pytest.mark.parametrize("content", [b"[]", b'{"format": 1}'])
-def test_run_json_of_another_shape_is_refused(content: bytes, store: LocalStore) -> None:
-    store.put("run.json", content)
-    with pytest.raises(ConfigurationError, match=r"run\.json is damaged"):
-        opened(store)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +245,66 @@ def test_an_accepted_change_is_recorded_and_not_asked_for_again(
         opened(store)
 
 
+@pytest.mark.parametrize("name", sorted(FIXED))
+@pytest.mark.parametrize("accept", ["", "short", "dotted"])
+def test_a_fixed_field_is_not_changed_by_accepting_it(
+    accept: str, name: str, store: LocalStore
+) -> None:
+    opened(store)
+    short = name.rpartition(".")[2]
+    accepted = {
+        "": [],
+        "short": [f"--accept_change={short}"],
+        "dotted": [f"--accept_change={name}"],
+    }
+    now = fields_of_kind(settings(), "identity")[name]
+    with pytest.raises(ConfigurationError) as refused:
+        opened(store, OTHERWISE[name], *accepted[accept])
+    assert str(refused.value).startswith(f"{short} decides bits: the run has {now!r}, this start ")
+    assert str(refused.value).endswith(". Start anew with --run runs/other")
+    assert len(claims(store)) == 1
+
+
+OTHERWISE = {
+    "seed": "--seed=7",
+    "batch.global_batch_size": "--global_batch_size=8",
+    "model.n_layer": "--n_layer=3",
+    "model.n_head": "--n_head=4",
+    "model.n_embd": "--n_embd=64",
+    "model.context": "--context=64",
+    "model.bias": "--no_bias",
+    "numerics.precision": "--precision=bf16",
+    "optimizer.optimizer": "--optimizer=adamw8bit",
+}
+"""Of each fixed field, a flag for another value than the default."""
+
+
+@pytest.mark.parametrize("name", ["dropuot", "model.seed", "max_steps", "n_layers", ""])
+def test_accepting_a_change_of_what_decides_no_bits_is_refused(
+    name: str, store: LocalStore
+) -> None:
+    message = rf"^--accept_change {name}: there is no such field that decides bits$"
+    with pytest.raises(ConfigurationError, match=message):
+        opened(store, f"--accept_change={name}")
+    assert claims(store) == []
+    opened(store)
+    with pytest.raises(ConfigurationError, match=message):
+        opened(store, f"--accept_change={name}")
+    assert len(claims(store)) == 1
+
+
+class Told(World):
+    """Rank 0, of which we read what it tells the others."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1, CPU, "job-1")
+        self.told: Any = None
+
+    def broadcast(self, value: Any) -> Any:
+        self.told = json.loads(json.dumps(value))
+        return value
+
+
 class Other(World):
     """Rank 1 of a world whose rank 0 has told it `outcome`."""
 
@@ -263,29 +318,52 @@ class Other(World):
 
 
 @pytest.mark.parametrize(
-    ("kind", "raised"),
-    [
-        (FencedError, FencedError),
-        (RunBusyError, RunBusyError),
-        (StoreUnavailableError, StoreUnavailableError),
-        (ConfigurationError, ConfigurationError),
-        (IntegrityError, ConfigurationError),
-    ],
+    "kind",
+    [FencedError, RunBusyError, StoreUnavailableError, ConfigurationError, IntegrityError],
 )
-def test_an_error_of_rank_0_is_raised_on_every_rank_with_its_exit_code(
-    kind: type[RangeFlowError], raised: type[RangeFlowError], store: LocalStore
+def test_an_error_of_rank_0_is_raised_on_every_rank_with_its_own_class(
+    kind: type[RangeFlowError], store: LocalStore
 ) -> None:
     outcome = {"error": kind.__name__, "message": "what rank 0 found"}
-    with pytest.raises(RangeFlowError, match="what rank 0 found") as error:
+    with pytest.raises(RangeFlowError, match=r"^what rank 0 found$") as error:
         open_run(store, settings(), Other(outcome), Phase())
-    assert type(error.value) is raised
+    assert type(error.value) is kind
+    assert store.list("") == []
 
 
-@pytest.mark.parametrize("complete", [True, False])
-def test_other_ranks_get_the_generation_and_no_incarnation(
-    complete: bool, store: LocalStore
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [(ConfigurationError, b"[]"), (StoreUnavailableError, None)],
+)
+def test_what_rank_0_raises_is_what_it_tells_the_others(
+    kind: type[RangeFlowError], content: bytes | None, store: LocalStore
 ) -> None:
-    outcome = {"complete": complete, "generation": 4}
-    run = open_run(store, settings(), Other(outcome), Phase())
-    assert run == OpenRun(complete=complete, generation=4, incarnation=None)
+    if content is None:
+        opened(store)
+        (store.root / "log/0000000002.json").mkdir()  # reading it fails
+    else:
+        store.put("run.json", content)
+    first = Told()
+    with pytest.raises(kind) as here:
+        open_run(store, settings(), first, Phase())
+    with pytest.raises(kind) as there:
+        open_run(store, settings(), Other(first.told), Phase())
+    assert type(there.value) is type(here.value) is kind
+    assert str(there.value) == str(here.value) != ""
+
+
+def test_rank_0_tells_the_others_its_generation(store: LocalStore) -> None:
+    first = Told()
+    for generation in (1, 2):
+        assert open_run(store, settings(), first, Phase()).generation == generation
+        run = open_run(store, settings(), Other(first.told), Phase())
+        assert run == OpenRun(complete=False, generation=generation, incarnation=None)
+
+
+@pytest.mark.parametrize(("generation", "complete"), [(0, True), (4, False)])
+def test_other_ranks_get_the_generation_and_no_incarnation(
+    generation: int, complete: bool, store: LocalStore
+) -> None:
+    run = open_run(store, settings(), Other({"value": generation}), Phase())
+    assert run == OpenRun(complete=complete, generation=generation, incarnation=None)
     assert store.list("") == []

@@ -1,5 +1,7 @@
+import errno
 import json
 import logging
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +16,8 @@ from launch.config import parse_config
 from launch.phase import Phase
 from launch.running import Keeper, finish, open_metrics, surroundings
 from launch.world import World
-from storage.errors import FencedError, StoreUnavailableError
+from storage.canonical import sha256_hex
+from storage.errors import FencedError, RangeFlowError, StoreUnavailableError
 from storage.log import Log
 from storage.store import FsspecStore, LocalStore
 from tests.programs import checkpoints, curve, final_digest, train_here
@@ -94,22 +97,50 @@ def test_other_ranks_record_and_flush_nothing(store: LocalStore) -> None:
 class Other(World):
     """Rank 1 of a world, told by rank 0 that its flush failed."""
 
-    def __init__(self, *, fenced: bool) -> None:
+    def __init__(self, told: dict[str, str]) -> None:
         super().__init__(1, 1, CPU, "none")
-        self._told = {"fenced": fenced, "message": "what rank 0 found"}
+        self._told = told
 
     def broadcast(self, value: Any) -> Any:
-        assert value is None, "only rank 0 flushes"
+        assert value == {}, "only rank 0 flushes"
         return self._told
 
 
-@pytest.mark.parametrize(("fenced", "kind"), [(True, FencedError), (False, StoreUnavailableError)])
+class Told(World):
+    """Rank 0, of which we read what it tells the others."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1, CPU, "none")
+        self.told: Any = None
+
+    def broadcast(self, value: Any) -> Any:
+        self.told = json.loads(json.dumps(value))
+        return value
+
+
+@pytest.mark.parametrize("kind", [FencedError, StoreUnavailableError])
 def test_a_flush_that_failed_on_rank_0_stops_every_rank(
-    fenced: bool, kind: type[Exception], store: LocalStore
+    kind: type[RangeFlowError], store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept = keeper(store, Other(fenced=fenced), None, None)
-    with pytest.raises(kind, match="what rank 0 found"):
-        kept.save(3, None, True)
+    owner, first = claimed(store), Told()
+    with Metrics(store.root, generation=1, step=0) as metrics:
+        kept = keeper(store, first, owner, metrics)
+        kept.record({"step": 3, "loss": 2.5})
+        if kind is FencedError:
+            claimed(store)
+        else:
+            monkeypatch.setattr(os, "fsync", no_space)
+        with pytest.raises(kind) as here:
+            kept.save(3, None, True)
+        monkeypatch.undo()
+    with pytest.raises(kind) as there:
+        keeper(store, Other(first.told), None, None).save(3, None, True)
+    assert type(there.value) is type(here.value) is kind
+    assert str(there.value) == str(here.value) != ""
+
+
+def no_space(descriptor: int) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_what_cannot_be_retired_is_a_warning(
@@ -179,14 +210,17 @@ def test_curves_of_a_local_run_lie_in_the_run(
         metrics.flush()
 
 
-def test_curves_of_a_remote_run_lie_in_a_folder_of_its_name(
+def test_curves_of_remote_runs_lie_each_in_a_folder_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    url = "memory://bucket/runs/mine/"
-    with ExitStack() as stack:
-        open_metrics(parse_config([f"--run={url}"]), FsspecStore(url), 1, 0, stack)
-    assert (tmp_path / "runs/mine/metrics.jsonl").exists()
+    urls = ("memory://bucket/runs/mine/", "memory://bucket/others/mine")
+    for url in urls:
+        with ExitStack() as stack:
+            open_metrics(parse_config([f"--run={url}"]), FsspecStore(url), 1, 0, stack)
+    folders = [f"mine-{sha256_hex(url.encode())[:8]}" for url in urls]
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(folders)
+    assert all((tmp_path / "runs" / name / "metrics.jsonl").exists() for name in folders)
 
 
 def test_the_end_names_the_newest_checkpoint(store: LocalStore) -> None:

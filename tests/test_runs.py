@@ -12,9 +12,7 @@ import fsspec
 import pytest
 
 from checkpointing.history import history
-from checkpointing.naming import read_run
 from checkpointing.runs import description, main, record_verified, runs_below, verify
-from storage.errors import ConfigurationError
 from storage.log import Draft, Log
 from storage.store import LocalStore, open_store
 from tests.programs import ROOT, checkpoints, train_here
@@ -263,22 +261,6 @@ def test_a_record_damaged_later_is_damage_and_a_voided_one_is_not(
     assert said(capsys)["damaged_records"] == [2]
     assert main(["verify", str(run)]) == 78
     assert "damaged records of the log: 2" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, r"holds no run: there is no run.json. RUN is the value of --run"),
-        ("{", r"run.json is damaged \(.*\); put back a copy"),
-        ('{"format":2}', r"run.json has format 2, expected 1"),
-        ("[]", r"run.json has format None, expected 1"),
-    ],
-)
-def test_what_is_not_a_run_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
-    if content is not None:
-        (tmp_path / "run.json").write_text(content)
-    with pytest.raises(ConfigurationError, match=message):
-        read_run(open_store(str(tmp_path)))
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,25 @@ def test_without_hard_links_creation_still_excludes(
     assert not store.creates_atomically
 
 
+@pytest.mark.parametrize("below", ["", "/below", "/below/it"])
+def test_a_place_that_is_a_file_or_lies_below_one_is_refused(below: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    url = f"{tmp_path}/file{below}"
+    store = open_store(url)
+    for act in (
+        lambda: store.put("a/b", b"x"),
+        lambda: store.put_if_absent("a/b", b"x"),
+        lambda: store.get("a/b"),
+        lambda: store.stat("a/b"),
+        lambda: store.delete("a/b"),
+    ):
+        with pytest.raises(ConfigurationError) as refused:
+            act()
+        assert str(refused.value) == f"{url} is a file, expected a folder, or a new place"
+    assert store.list("") == []
+    assert (tmp_path / "file").read_bytes() == b"mine"
+
+
 def test_a_url_with_credentials_or_of_no_known_kind_is_refused() -> None:
     with pytest.raises(ConfigurationError, match="holds credentials") as error:
         open_store("s3://me:secret@host/bucket")

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from launch.world import fingerprint, joined_world
+from storage import errors
+from storage.errors import FencedError
 from tests.programs import ROOT
 
 VALUES = [
@@ -31,14 +33,42 @@ with joined_world() as world:
     print(json.dumps(told))
 """
 
+SPEAKER = """
+import json
+from launch.world import joined_world
+from storage import errors
+from storage.errors import RangeFlowError
 
-def told_by_two() -> list[dict[str, object]]:
-    """What the two processes of a world print, by rank."""
+kinds = [name for name, kind in vars(errors).items() if isinstance(kind, type)]
+done = []
+def fails(kind):
+    done.append(kind)
+    raise getattr(errors, kind)(f"what rank 0 found: {kind} é")
+def returns(value):
+    done.append("returned")
+    return value
+with joined_world() as world:
+    told = {"values": [], "errors": []}
+    for value in (None, {"a": [1, 0.1, None]}, 7, "", False):
+        told["values"].append(world.on_rank_0(lambda value=value: returns(value)))
+    for kind in kinds:
+        try:
+            world.on_rank_0(lambda kind=kind: fails(kind))
+        except RangeFlowError as error:
+            told["errors"].append([type(error).__name__, str(error), error.exit_code])
+    told["after"] = world.on_rank_0(lambda: returns("still together"))
+    told["done"] = len(done)
+    print(json.dumps(told))
+"""
+
+
+def told_by_two(program: str, *arguments: str) -> list[dict[str, object]]:
+    """What the two processes of a world that run a program print, by rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", MEMBER, json.dumps(VALUES)]
+    command = [sys.executable, "-c", program, *arguments]
     members = []
     for rank in range(2):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "job-7"}
@@ -49,14 +79,14 @@ def told_by_two() -> list[dict[str, object]]:
         )
     told = []
     for member in members:
-        out, errors = member.communicate(timeout=120)
-        assert member.returncode == 0, errors
+        out, complaint = member.communicate(timeout=120)
+        assert member.returncode == 0, complaint
         told.append(json.loads(out))
     return told
 
 
 def test_two_processes_tell_each_other_json_of_any_length() -> None:
-    told = told_by_two()
+    told = told_by_two(MEMBER, json.dumps(VALUES))
     assert [one.pop("place") for one in told] == [[0, 2, "job-7"], [1, 2, "job-7"]]
     expected = {
         "gathered": VALUES,
@@ -65,6 +95,34 @@ def test_two_processes_tell_each_other_json_of_any_length() -> None:
         "again": [0, 1],
     }
     assert told == [expected, expected]
+
+
+def test_what_rank_0_returns_or_raises_is_the_same_on_every_rank() -> None:
+    """Each error with its own class, message and exit code; afterwards they still talk."""
+    told = told_by_two(SPEAKER)
+    kinds = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}
+    expected = {
+        "values": [None, {"a": [1, 0.1, None]}, 7, "", False],
+        "errors": [
+            [name, f"what rank 0 found: {name} é", kind.exit_code] for name, kind in kinds.items()
+        ],
+        "after": "still together",
+    }
+    assert [one.pop("done") for one in told] == [6 + len(kinds), 0], "only rank 0 does the work"
+    assert told == [expected, expected]
+
+
+def test_alone_what_rank_0_raises_keeps_its_cause_and_a_defect_is_no_error_of_ours() -> None:
+    def fails(error: Exception) -> None:
+        raise error from OSError("the cause")
+
+    with joined_world() as world:
+        assert world.on_rank_0(lambda: {"a": 1}) == {"a": 1}
+        with pytest.raises(FencedError, match=r"^found$") as raised:
+            world.on_rank_0(lambda: fails(FencedError("found")))
+        assert isinstance(raised.value.__cause__, OSError)
+        with pytest.raises(ZeroDivisionError):
+            world.on_rank_0(lambda: fails(ZeroDivisionError()))
 
 
 def test_without_torchrun_it_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
