@@ -28,8 +28,11 @@ def read_run(store: Store) -> dict[str, Any]:
             f"{store.url}/{RUN_KEY} is damaged ({error}); put back a copy of it"
         ) from error
     found = run.get("format") if isinstance(run, dict) else None
-    whole = found == RUN_FORMAT and "run" in run and isinstance(run.get("identity"), dict)
-    if not whole:
+    if found == RUN_FORMAT and ("run" not in run or not isinstance(run.get("identity"), dict)):
+        raise ConfigurationError(
+            f"{store.url}/{RUN_KEY} is damaged (`run` or `identity` is not there); put back a copy"
+        )
+    if found != RUN_FORMAT:
         raise ConfigurationError(
             f"{store.url}/{RUN_KEY} has format {found}, expected {RUN_FORMAT}: it is no run, or "
             "one of another version of RangeFlow"

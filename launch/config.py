@@ -140,7 +140,7 @@ def parse_config(arguments: Sequence[str]) -> RunConfig | None:
     parsed: RunConfig | None = parse(
         RunConfig,
         flags,
-        default=_preset(preset),
+        default=_base(preset, sections),
         description=DESCRIPTION,
         prog="launch/train.py",
         config=(tyro.conf.OmitArgPrefixes,),
@@ -167,13 +167,14 @@ def _toml(path: str) -> dict[str, Any]:
         raise ConfigurationError(f"--config {path} is not TOML: {error}") from error
 
 
-def _preset(name: str) -> RunConfig:
-    """The configuration that a preset means."""
-    base = RunConfig(preset=name)
-    changes = {
-        section: dataclasses.replace(getattr(base, section), **fields)
-        for section, fields in PRESETS[name].items()
-    }
+def _base(preset: str, file: dict[str, Any]) -> RunConfig:
+    """The configuration that a preset means, with the lists in a file's sections."""
+    base = RunConfig(preset=preset)
+    changes: dict[str, Any] = {}
+    for section in {*PRESETS[preset], *(name for name, v in file.items() if isinstance(v, dict))}:
+        lists = {k: tuple(v) for k, v in file.get(section, {}).items() if isinstance(v, list)}
+        fields = PRESETS[preset].get(section, {}) | lists
+        changes[section] = dataclasses.replace(getattr(base, section), **fields)
     return dataclasses.replace(base, **changes)
 
 
@@ -191,17 +192,25 @@ def _as_flags(kind: Any, fields: dict[str, Any], *, where: str) -> list[str]:
             flags += _as_flags(hint, value, where=f"{where}, [{name}]")
             continue
         if not _fits(value, hint):
-            expected = str(getattr(hint, "__name__", hint)).replace("typing.", "")
-            raise ConfigurationError(f"{where}: {name} is {value!r}, expected {expected}")
+            raise ConfigurationError(f"{where}: {name} is {value!r}, expected {_said(hint)}")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no_{name}")
         elif name in ("data", "accept_change"):
             flags += [f"--{name}={one}" for one in value]
         elif isinstance(value, list):
-            flags += [f"--{name}", *value]
+            continue  # its texts could be taken for flags: `_base` has them
         else:
             flags.append(f"--{name}={value}")
     return flags
+
+
+def _said(hint: Any) -> str:
+    """A field's type in words."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(get_args(hint))}"
+    if get_origin(hint) is tuple:
+        return "a list of texts"
+    return {int: "a whole number", float: "a number", bool: "true or false"}.get(hint, "a text")
 
 
 def _fits(value: Any, hint: Any) -> bool:

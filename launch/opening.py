@@ -119,7 +119,8 @@ def _accepted_changes(run: dict[str, Any], past: History, config: RunConfig) -> 
                 f"{short} decides bits: the run has {identity.get(name)!r}, this start asks for "
                 f"{value!r}. Start anew with --run runs/other{'' if name in FIXED else other_way}"
             )
-        logger.warning("%s changes from %r to %r: exact up to here", name, identity[name], value)
+        before = identity.get(name)
+        logger.warning("%s changes from %r to %r: exact up to here", name, before, value)
     return changed
 
 

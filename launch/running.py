@@ -119,9 +119,10 @@ def surroundings(
 def open_metrics(
     config: RunConfig, store: Store, generation: int, step: int, stack: ExitStack
 ) -> Metrics:
-    """The curves of this incarnation: in the run, or in `runs/<name>` when the run is remote."""
+    """The curves of this incarnation: in the run, or in `runs/<name>-<hash>` for a remote one."""
     inside = store.local_path("metrics.jsonl")
-    name = f"{config.run.rstrip('/').rpartition('/')[2]}-{sha256_hex(config.run.encode())[:8]}"
+    place = config.run.rstrip("/")
+    name = f"{place.rpartition('/')[2]}-{sha256_hex(place.encode())[:8]}"
     folder = inside.parent if inside else Path("runs") / name
     logger.info("curves: tensorboard --logdir %s", folder / "tensorboard")
     return stack.enter_context(Metrics(folder, generation=generation, step=step))

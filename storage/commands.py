@@ -59,5 +59,6 @@ def parse(
         if not stop.code:
             return None
         # tyro draws its complaint in a box of several lines: what it says, in one.
-        plain = re.sub(r"\x1b\[[0-9;]*m|^╭.*$|[│╰╯─]", " ", said.getvalue(), flags=re.MULTILINE)
+        box = r"\x1b\[[0-9;]*m|^[╭+].*$|[│╰╯─]|^\|| \|$|-{4,}"
+        plain = re.sub(box, " ", said.getvalue(), flags=re.MULTILINE)
         raise ConfigurationError(" ".join(plain.split())) from None

@@ -56,19 +56,18 @@ def test_gpt2_tokens_of_shakespeare_mixed_with_python_are_learnt_and_killed_on_t
         run,
         f"--data=shakespeare={shakespeare}:0.7",
         f"--data=python={python}:0.3",
-        "--max_steps=120",
-        "--warmup_steps=12",
-        "--eval_interval_steps=120",
+        "--max_steps=240",
+        "--eval_interval_steps=240",
         "--sample_interval_steps=0",
         "--save_interval_steps=20",
         "--log_interval_steps=10",
     )
-    train_until_killed(*arguments, phase="reduce", nth=31)
+    train_until_killed(*arguments, phase="reduce", nth=25)
     train_until_killed(*arguments, phase="save:manifest", nth=2)
-    train(*arguments)
+    train(*arguments, world=2)
     row = last_row(run)
     assert math.isfinite(row["loss"])
-    assert len(rows(run)) == 120
+    assert len(rows(run)) == 240
     assert row["validation_loss/shakespeare"] < unigram_entropy(shakespeare) - 0.4
     assert row["validation_loss/python"] < unigram_entropy(python) - 0.4
     assert final_digest(run)

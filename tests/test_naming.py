@@ -74,7 +74,9 @@ def test_a_run_of_another_shape_is_refused_by_name(
     whole = {**RUN, **changes}
     run = {name: value for name, value in whole.items() if value is not None}
     store.put("run.json", json.dumps(run).encode())
-    message = rf"^{re.escape(store.url)}/run\.json has format .*, expected 1: it is no run, or one "
+    message = (
+        rf"^{re.escape(store.url)}/run\.json (has format .*, expected 1|is damaged \(`run` or)"
+    )
     with pytest.raises(ConfigurationError, match=message):
         read_run(store)
 

@@ -18,7 +18,7 @@ class ScheduleConfig:
     def __post_init__(self) -> None:
         if self.max_steps < 1:
             raise ConfigurationError(f"max_steps must be at least 1; got {self.max_steps}")
-        if not 0.0 <= self.min_learning_rate <= self.learning_rate:
+        if not 0.0 <= self.min_learning_rate <= self.learning_rate < math.inf:
             raise ConfigurationError(
                 "schedule.min_learning_rate must lie between 0 and learning_rate; got "
                 f"{self.min_learning_rate} and {self.learning_rate}"
