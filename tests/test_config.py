@@ -274,7 +274,6 @@ def line_of(name: str, value: object) -> str:
 
 
 def test_texts_of_a_list_in_a_file_are_never_flags(toml: Toml) -> None:
-    config = parse_config(toml("[loop]\nsample_prompts = ['--help', '--seed=5', '-x']"))
-    assert config is not None
+    config = toml.parse("[loop]\nsample_prompts = ['--help', '--seed=5', '-x']")
     assert config.loop.sample_prompts == ("--help", "--seed=5", "-x")
     assert config.seed == 0
