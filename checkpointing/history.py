@@ -1,7 +1,8 @@
 """What a run's log means: who owns the run, and which checkpoints are live.
 
 A pure function of the records. COMMIT counts only when its generation is that of the last CLAIM
-before it; RETIRE and QUARANTINE take a checkpoint out of use, VERIFIED puts a quarantined one back.
+before it; a damaged CLAIM is known by what its incarnation wrote. RETIRE and QUARANTINE take a
+checkpoint out of use, VERIFIED puts a quarantined one back.
 """
 
 from collections.abc import Sequence
@@ -37,8 +38,9 @@ class Checkpoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class History:
-    """The state of a run according to its log."""
+    """The state of a run according to its log. `claim` is None when the last one is damaged."""
 
+    generation: int
     claim: Record | None
     claim_records: tuple[Record, ...]
     checkpoints: tuple[Checkpoint, ...]
@@ -55,16 +57,21 @@ def history(records: Sequence[Record]) -> History:
     """Fold the records of a log, oldest first."""
     claim: Record | None = None
     claims: list[Record] = []
+    generation = 0
     checkpoints: dict[int, dict[str, Any]] = {}
     plans: list[Record] = []
     end: Record | None = None
     for record in records:
-        by_owner = claim is not None and record.generation == claim.generation
         if record.kind == "CLAIM":
-            if claim is None or record.generation > claim.generation:
+            if record.generation > generation:
                 claim = record
                 claims.append(record)
-        elif record.kind in ("RETIRE", "QUARANTINE", "VERIFIED"):
+                generation = record.generation
+            continue
+        # Nobody can write as a generation that was never claimed: its CLAIM is damaged.
+        generation = max(generation, record.generation)
+        by_owner = record.generation == generation
+        if record.kind in ("RETIRE", "QUARANTINE", "VERIFIED"):
             if record.generation == 0 or by_owner:
                 _mark(checkpoints, record)
         elif not by_owner:
@@ -77,7 +84,8 @@ def history(records: Sequence[Record]) -> History:
         elif record.kind == "END":
             end = record
     return History(
-        claim=claim,
+        generation=generation,
+        claim=claim if claim is not None and claim.generation == generation else None,
         claim_records=tuple(claims),
         checkpoints=tuple(Checkpoint(**fields) for fields in checkpoints.values()),
         plans=tuple(plans),

@@ -42,7 +42,7 @@ class Incarnation:
     def watcher(self, store: Store) -> Callable[[], object]:
         """A `check` with a log of its own, for another thread."""
         log = Log(store)
-        return lambda: refuse_if_fenced(log.refresh(), self._claim)
+        return lambda: _refuse_if_stale(log, log.refresh(), self._claim)
 
     @property
     def damaged_records(self) -> Sequence[int]:
@@ -52,7 +52,7 @@ class Incarnation:
     def check(self) -> Sequence[Record]:
         """The records of the log, read to its end; raises FencedError after a later CLAIM."""
         records = self._log.refresh()
-        refuse_if_fenced(records, self._claim)
+        _refuse_if_stale(self._log, records, self._claim)
         return records
 
     def append(
@@ -64,13 +64,23 @@ class Incarnation:
         """
 
         def draft(records: Sequence[Record]) -> Draft | None:
-            refuse_if_fenced(records, self._claim)
+            _refuse_if_stale(self._log, records, self._claim)
             body = decide(records)
             if body is None:
                 return None
             return Draft(kind=kind, generation=self.generation, body=body)
 
         return self._log.append(draft)
+
+
+def _refuse_if_stale(log: Log, records: Sequence[Record], claim: Record) -> None:
+    """As `refuse_if_fenced`; and when this log is not the one that was claimed any more."""
+    refuse_if_fenced(records, claim)
+    if not log.holds(claim):
+        raise FencedError(
+            f"generation {claim.generation} is fenced: its CLAIM is not in the log any more. The "
+            "run was removed and begun anew, or its log is damaged"
+        )
 
 
 def refuse_if_fenced(records: Sequence[Record], claim: Record) -> None:
@@ -103,8 +113,8 @@ def claim_run(
     while True:
         judged = None if take_over else _wait_until_free(store, log, clock=clock, sleep=sleep)
 
-        def draft(records: Sequence[Record], judged: Record | None = judged) -> Draft | None:
-            if not take_over and history(records).claim != judged:
+        def draft(records: Sequence[Record], judged: int | None = judged) -> Draft | None:
+            if judged is not None and history(records).generation != judged:
                 return None  # another starter was faster: judge that one
             generation = log.highest_generation + 1
             return Draft(kind="CLAIM", generation=generation, body=claim_body)
@@ -117,26 +127,27 @@ def claim_run(
 
 def _wait_until_free(
     store: Store, log: Log, *, clock: Callable[[], float], sleep: Callable[[float], None]
-) -> Record | None:
-    """The claim whose owner is gone, or None when the run has never been claimed."""
-    claim = history(log.refresh()).claim
-    if claim is None or provably_gone(claim.body["owner"]):
-        return claim
-    last = read_beat(store, claim.generation)
+) -> int:
+    """The generation whose owner is gone, 0 when the run has never been claimed."""
+    past = history(log.refresh())
+    owner = past.claim.body["owner"] if past.claim else {}  # unknown when its CLAIM is damaged
+    if past.generation == 0 or provably_gone(owner):
+        return past.generation
+    last = read_beat(store, past.generation)
     started = last_news = clock()
-    owner = claim.body["owner"]
-    logger.info("waiting to see whether %s still owns the run", owner["host"])
+    host = owner.get("host", "unknown")
+    logger.info("waiting to see whether a process on host %s still owns the run", host)
     while clock() - last_news < 2 * BEAT_SECONDS:
         if last.get("left") or provably_gone(owner):
             break
         if clock() - started > 2 * BEAT_SECONDS + GRACE_SECONDS:
             raise RunBusyError(
-                f"{store.url} is in use by generation {claim.generation} on host {owner['host']}, "
-                f"process {owner['pid']}, in phase {last.get('phase')!r} at step "
-                f"{last.get('step')}. Stop that one, or pass --take_over to fence it"
+                f"{store.url} is in use by generation {past.generation} on host {host}, process "
+                f"{owner.get('pid')}, in phase {last.get('phase')!r} at step {last.get('step')}. "
+                "Stop that one, or pass --take_over to fence it"
             )
         sleep(1.0)
-        beat = read_beat(store, claim.generation)
+        beat = read_beat(store, past.generation)
         if beat != last:
             last, last_news = beat, clock()
-    return claim
+    return past.generation

@@ -42,7 +42,7 @@ def restore(
     """
     for quarantines in range(MOST_QUARANTINES + 1):
         announce("restore")
-        candidate = _choose(incarnation, group, gave_up=quarantines == MOST_QUARANTINES)
+        candidate = _choose(store, incarnation, group, gave_up=quarantines == MOST_QUARANTINES)
         if candidate is None:
             return None
         loaded, outcome = _try(store, candidate)
@@ -58,7 +58,9 @@ def restore(
     raise AssertionError("the last round either returns or raises")
 
 
-def _choose(incarnation: Incarnation | None, group: Group, *, gave_up: bool) -> Checkpoint | None:
+def _choose(
+    store: Store, incarnation: Incarnation | None, group: Group, *, gave_up: bool
+) -> Checkpoint | None:
     choice: dict[str, Any] = {}
     if incarnation is not None:
         try:
@@ -68,6 +70,9 @@ def _choose(incarnation: Incarnation | None, group: Group, *, gave_up: bool) -> 
             elif past.checkpoints:
                 quarantined = [c.step for c in past.checkpoints if c.quarantined]
                 choice = {"error": f"steps {quarantined} are in quarantine"}
+            elif incarnation.damaged_records and store.list("checkpoints/"):
+                records = list(incarnation.damaged_records)
+                choice = {"error": f"log records {records} are, and no checkpoint is left"}
         except FencedError as error:
             choice = {"fenced": str(error)}
     choice = group.broadcast(choice)

@@ -8,6 +8,7 @@ Does not cover: saving beside training; the caller waits.
 """
 
 import logging
+import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ def save(
     if incarnation is not None:
         try:
             manifest = _manifest(receipts, state, step=step, attempt=attempt, parent=parent)
+            if validation_loss is not None and not math.isfinite(validation_loss):
+                healthy, validation_loss = False, None
             manifest |= {"healthy": healthy, "validation_loss": validation_loss}
             checkpoint = _commit(store, incarnation, manifest, attempt, announce)
             result = {"index": checkpoint.index}

@@ -118,7 +118,7 @@ class FileCorpus:
     def _text_of(self, line: bytes, path: Path, at: int) -> str:
         try:
             value = json.loads(_decoded(line, path, at))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: the line at byte {at} is not JSON ({error})") from None
         text = value.get(self._text_field) if isinstance(value, dict) else None
         if not isinstance(text, str):

@@ -71,7 +71,7 @@ def prepare(
     ledger = Ledger(store, _binding(corpus, tokenizer, stamp, shard_tokens))
     announce("prepare:ledger")
     index = _finished_index(store)
-    if index is not None:
+    if index is not None and _are_there(store, [*index.train, *index.validation]):
         return index
     unit_bytes = max(1, int(0.9 * shard_tokens * _BYTES_PER_TOKEN.get(tokenizer.name, 1.0)))
     writer = _UnitWriter(store, tokenizer, stamp, shard_tokens, announce)
@@ -79,14 +79,13 @@ def prepare(
     for number, parts in enumerate(corpus.units(unit_bytes)):
         record = ledger.done(number)
         tokens = 0
-        if record is None:
+        entries = {s: _entries(record[s], store.url) for s in SPLITS} if record else {}
+        if not entries or not _are_there(store, [e for s in SPLITS for e in entries[s]]):
             entries = writer.write(number, corpus, parts)
             tokens = sum(entry.tokens for split in SPLITS for entry in entries[split])
             announce("prepare:unit")
             ledger.finish(number, {s: [e.to_json() for e in entries[s]] for s in SPLITS})
             announce("prepare:unit-done")
-        else:
-            entries = {split: _entries(record[split], store.url) for split in SPLITS}
         for split in SPLITS:
             shards[split].extend(entries[split])
         advance(sum(part.hi - part.lo for part in parts), tokens)
@@ -105,6 +104,18 @@ def prepare(
     store.put(INDEX_KEY, index.to_bytes())
     announce("prepare:done")
     return index
+
+
+def _are_there(store: Store, entries: Sequence[ShardEntry]) -> bool:
+    """Whether the objects of all shards are in the store, of the right sizes."""
+    try:
+        return all(
+            store.stat(entry.tokens_key).size_bytes == entry.bytes
+            and store.stat(entry.ends_key).size_bytes == entry.ends_bytes
+            for entry in entries
+        )
+    except FileNotFoundError:
+        return False
 
 
 class _UnitWriter:

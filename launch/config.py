@@ -70,8 +70,8 @@ class RunConfig:
                 "keep_last must be at least 2, because the newest checkpoint may turn out damaged; "
                 f"got {self.keep_last}"
             )
-        if self.seed < 0:
-            raise ConfigurationError(f"seed cannot be negative; got {self.seed}")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigurationError(f"seed must be from 0 to 2**63 - 1; got {self.seed}")
 
 
 KINDS = {

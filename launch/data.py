@@ -1,7 +1,7 @@
 """The data of a run: its plan, from the log or newly appended, and its sources, opened."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from checkpointing.history import history
@@ -14,9 +14,11 @@ from launch.config import RunConfig
 from launch.phase import Phase
 from launch.world import World
 from storage.errors import DataError
-from storage.log import Record
 
 logger = logging.getLogger(__name__)
+
+IN_RUN = "run:"
+"""Begins the URL of a source that lies in the run itself."""
 
 
 def open_batches(
@@ -25,19 +27,32 @@ def open_batches(
     """The batches of the run. Rank 0 prepares the embedded corpus and records the plan for all.
 
     Weights or sources that differ from the plan in the log open a new segment at the step of the
-    newest checkpoint.
+    newest checkpoint. A plan that cannot be used is refused, and leaves no trace.
     """
 
     def work() -> dict[str, Any]:
         assert incarnation is not None, "rank 0 owns the run"
         flags = _flags(config, announce)
-        plan = _recorded_plan(config, incarnation, _open_flags(flags))
-        return {"plan": plan.to_json(), "urls": {flag.name: flag.url for flag in flags}}
+        urls = {flag.name: flag.url for flag in flags}
+        past = history(incarnation.check())
+        recorded = Plan.from_json(past.plans[-1].body["plan"]) if past.plans else None
+        newest = past.live[-1].step if past.live else 0
+        plan = _wanted_plan(recorded, _open_flags(config, flags), newest)
+        if recorded is None or plan.hash != recorded.hash:
+            _batches(config, plan, urls)  # raises for what cannot be used
+            plan = plan.with_anchors(config.batch.global_batch_size)
+            body = {"plan": plan.to_json(), "from_step": plan.segments[-1].from_step}
+            incarnation.append("PLAN", lambda _: body)
+        return {"plan": plan.to_json(), "urls": urls}
 
     outcome = world.on_rank_0(work)
-    plan = Plan.from_json(outcome["plan"])
+    return _batches(config, Plan.from_json(outcome["plan"]), outcome["urls"])
+
+
+def _batches(config: RunConfig, plan: Plan, urls: Mapping[str, str]) -> Batches:
+    """The batches of a plan; `urls` says where sources lie now, the plan where they lay."""
     opened = {
-        name: open_source(name, outcome["urls"].get(name, source.url))
+        name: open_source(name, _located(config, urls.get(name, source.url)))
         for name, source in plan.sources.items()
     }
     _refuse_changed(plan, opened)
@@ -50,18 +65,25 @@ def open_batches(
     )
 
 
+def _located(config: RunConfig, url: str) -> str:
+    """A URL with the run's own place in it: a run may be moved, with its corpus."""
+    if not url.startswith(IN_RUN):
+        return url
+    return f"{config.run.rstrip('/')}/{url.removeprefix(IN_RUN)}"
+
+
 def _flags(config: RunConfig, announce: Phase) -> list[DataFlag]:
     if config.data:
         return [parse_data_flag(text) for text in config.data]
     logger.info("no --data: the embedded corpus is used (the standard library and its reference)")
-    urls = prepare_embedded(f"{config.run.rstrip('/')}/corpus", announce=announce)
-    return [parse_data_flag(f"{name}={url}") for name, url in urls.items()]
+    names = prepare_embedded(_located(config, f"{IN_RUN}corpus"), announce=announce)
+    return [parse_data_flag(f"{name}={IN_RUN}corpus/{name}") for name in names]
 
 
-def _open_flags(flags: Sequence[DataFlag]) -> list[PlanSource]:
+def _open_flags(config: RunConfig, flags: Sequence[DataFlag]) -> list[PlanSource]:
     sources = []
     for flag in flags:
-        index = open_source(flag.name, flag.url).index
+        index = open_source(flag.name, _located(config, flag.url)).index
         sources.append(
             PlanSource(
                 name=flag.name,
@@ -73,29 +95,21 @@ def _open_flags(flags: Sequence[DataFlag]) -> list[PlanSource]:
     return sources
 
 
-def _recorded_plan(
-    config: RunConfig, incarnation: Incarnation, sources: Sequence[PlanSource]
-) -> Plan:
-    """The plan in the log, with one more segment when `sources` differ from its last."""
-    past = history(incarnation.check())
+def _wanted_plan(recorded: Plan | None, sources: Sequence[PlanSource], step: int) -> Plan:
+    """The recorded plan when it ends in these sources; else with a segment of them from `step`.
+
+    A segment that begins at `step` or later has not been trained on in what is kept: it goes.
+    """
     wanted = tuple(sorted(sources, key=lambda source: source.name))
-    if not past.plans:
-        plan = Plan(segments=(Segment(from_step=0, sources=wanted),))
-    else:
-        plan = Plan.from_json(past.plans[-1].body["plan"])
-        if _contents(plan.segments[-1].sources) == _contents(wanted):
-            return plan
-        step = past.live[-1].step if past.live else 0
-        kept = tuple(s for s in plan.segments if s.from_step < step)
-        plan = Plan(segments=(*kept, Segment(from_step=step, sources=wanted)))
-        logger.info("the mixture changes from step %d on", step)
-    plan = plan.with_anchors(config.batch.global_batch_size)
-
-    def body(_: Sequence[Record]) -> dict[str, Any]:
-        return {"plan": plan.to_json(), "from_step": plan.segments[-1].from_step}
-
-    incarnation.append("PLAN", body)
-    return plan
+    if recorded is None:
+        return Plan(segments=(Segment(from_step=0, sources=wanted),))
+    if _contents(recorded.segments[-1].sources) == _contents(wanted):
+        return recorded
+    kept = tuple(segment for segment in recorded.segments if segment.from_step < step)
+    if kept and _contents(kept[-1].sources) == _contents(wanted):
+        return Plan(segments=kept)
+    logger.info("the mixture changes from step %d on", step)
+    return Plan(segments=(*kept, Segment(from_step=step, sources=wanted)))
 
 
 def _contents(sources: Sequence[PlanSource]) -> list[tuple[object, ...]]:

@@ -1,6 +1,7 @@
 """Opens a run for training: the store is probed, the configuration compared, the run claimed."""
 
 import logging
+import time
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,12 @@ def _open(store: Store, config: RunConfig, world: World, announce: Phase) -> Inc
     }
     _tell_what_changed(past, body)
     announce("claim")
-    return claim_run(store, log, body=body, take_over=config.take_over)
+
+    def wait(seconds: float) -> None:
+        announce("claim:wait")
+        time.sleep(seconds)
+
+    return claim_run(store, log, body=body, take_over=config.take_over, sleep=wait)
 
 
 def _existing_run(store: Store) -> dict[str, Any] | None:

@@ -2,12 +2,22 @@
 
 from collections.abc import Callable
 
+from storage.errors import StopRequestedError
+
+_BEFORE_TRAINING = ("open", "claim", "prepare")
+"""Phases of rank 0 alone, in which a notice ends the program for all: nothing is to be saved."""
+
 
 class Phase:
     """Called with the name of each phase that is entered; `step` counts finished steps."""
 
-    def __init__(self, listener: Callable[[str, int], None] | None = None) -> None:
+    def __init__(
+        self,
+        listener: Callable[[str, int], None] | None = None,
+        stop_requested: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._listener = listener
+        self._stop_requested = stop_requested
         self.name = "start"
         self.step = 0
 
@@ -19,3 +29,5 @@ class Phase:
         self.name = phase
         if self._listener is not None:
             self._listener(phase, self.step)
+        if phase.partition(":")[0] in _BEFORE_TRAINING and self._stop_requested():
+            raise StopRequestedError(f"asked to stop in phase {phase!r}, before training began")

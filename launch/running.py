@@ -117,7 +117,7 @@ def surroundings(
 
 
 def open_metrics(
-    config: RunConfig, store: Store, generation: int, step: int, stack: ExitStack
+    config: RunConfig, store: Store, owner: Incarnation, step: int, stack: ExitStack
 ) -> Metrics:
     """The curves of this incarnation: in the run, or in `runs/<name>-<hash>` for a remote one."""
     inside = store.local_path("metrics.jsonl")
@@ -125,7 +125,8 @@ def open_metrics(
     name = f"{place.rpartition('/')[2]}-{sha256_hex(place.encode())[:8]}"
     folder = inside.parent if inside else Path("runs") / name
     logger.info("curves: tensorboard --logdir %s", folder / "tensorboard")
-    return stack.enter_context(Metrics(folder, generation=generation, step=step))
+    metrics = Metrics(folder, generation=owner.generation, step=step, check=owner.check)
+    return stack.enter_context(metrics)
 
 
 def finish(incarnation: Incarnation) -> None:

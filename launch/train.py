@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None, listener: Listener | None = Non
             config = parse_config(command_line() if arguments is None else arguments)
             if config is None:  # --help
                 return COMPLETE
-            return train(config, notice, Phase(listener))
+            return train(config, notice, Phase(listener, notice.requested))
         except Exception as error:
             return exit_code(error)
 
@@ -89,7 +89,7 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
         if owner is not None:
             sweep(store, owner)
 
-        metrics = open_metrics(config, store, run.generation, step, stack) if owner else None
+        metrics = open_metrics(config, store, owner, step, stack) if owner else None
         keeper = Keeper(config, world, store, owner, metrics, training, batches, phase, parent)
         mine = config.batch.rows_of(world.rank, world.size)
         rows = Loader(batches, [(mine.start, mine.stop)], start_step=position)

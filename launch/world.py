@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from storage import errors
-from storage.errors import RangeFlowError
+from storage.errors import ConfigurationError, RangeFlowError
 
 TIMEOUT = timedelta(minutes=30)
 """How long a collective waits: longer than preparing a corpus or loading a large checkpoint."""
@@ -66,7 +66,8 @@ class World:
         if failure is not None:
             raise failure
         if "error" in outcome:
-            raise getattr(errors, outcome["error"])(outcome["message"])
+            kind = getattr(errors, outcome["error"], ConfigurationError)
+            raise kind(outcome["message"])
         return outcome["value"]
 
 

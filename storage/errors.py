@@ -7,6 +7,7 @@ RangeFlowError                 an error with a message for people; never shown w
 |-- IntegrityError             bytes are not what their digest says                 (exit 78)
 |-- StoreUnavailableError      a store, disk or network failed; a restart may help  (exit 75)
 |-- RunBusyError               another incarnation is alive on the run              (exit 75)
+|-- StopRequestedError         a notice came before training began                  (exit 75)
 `-- FencedError                a later incarnation has claimed the run              (exit 76)
 """
 
@@ -45,6 +46,12 @@ class StoreUnavailableError(RangeFlowError):
 
 class RunBusyError(RangeFlowError):
     """Another incarnation is alive on this run."""
+
+    exit_code = 75
+
+
+class StopRequestedError(RangeFlowError):
+    """A notice came before training began: there is nothing to save, and a restart goes on."""
 
     exit_code = 75
 

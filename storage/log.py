@@ -108,13 +108,18 @@ class Log:
             try:
                 self._store.put_if_absent(_key(index), _encode(record))
             except StoreUnavailableError:
-                if not self._is_own(record):  # the response was lost, or the request was
+                if not self.holds(record):  # the response was lost, or the request was
                     raise
             self.refresh()
-            if self._is_own(record) and not any(index in r.voids for r in self.records):
+            if self.holds(record) and not any(index in r.voids for r in self.records):
                 return record
             logger.info("log record %d went to another writer; deciding anew", index)
         raise StoreUnavailableError(f"{self._store.url}: lost {_ATTEMPTS} races for the log's tail")
+
+    def holds(self, record: Record) -> bool:
+        """Whether the record is still in its slot, byte for byte."""
+        data = self._read(record.index)
+        return data is not None and data == _encode(record)
 
     def _complete(self, draft: Draft) -> Record:
         last = self.records[-1].index if self.records else 0
@@ -133,10 +138,6 @@ class Log:
         content = asdict(record)
         del content["sha256"]
         return Record(**{**content, "voids": record.voids, "sha256": _digest(content)})
-
-    def _is_own(self, record: Record) -> bool:
-        data = self._read(record.index)
-        return data is not None and data == _encode(record)
 
     def _read(self, index: int) -> bytes | None:
         try:

@@ -9,11 +9,11 @@ import errno
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import fsspec
 
@@ -22,6 +22,9 @@ from storage.errors import ConfigurationError, StoreUnavailableError
 _KEY_PART = re.compile(r"[A-Za-z0-9_+=-][A-Za-z0-9._+=-]*")
 _TEMPORARY = ".tmp"
 _TEMPORARY_LIFE_SECONDS = 3600.0
+_FOLDER_ATTEMPTS = 100
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,8 +80,9 @@ def open_store(url: str) -> Store:
         )
     if "://" not in url:
         return LocalStore(Path(url))
-    if url.startswith("file://"):
-        return LocalStore(Path(url.removeprefix("file://")))
+    for prefix in ("file://", "local://"):
+        if url.startswith(prefix):
+            return LocalStore(Path(url.removeprefix(prefix)))
     return FsspecStore(url)
 
 
@@ -107,14 +111,13 @@ class LocalStore:
         with _translated(self.url, key):
             if path.exists():
                 return False
-            with self._temporary(path, data) as temporary:
-                return self._link(temporary, path, data)
+            with self._temporary(data) as temporary:
+                return _in_folder(path, lambda: self._link(temporary, path, data))
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         path = self.root / check_key(key)
-        with _translated(self.url, key), self._temporary(path, data) as temporary:
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
+        with _translated(self.url, key), self._temporary(data) as temporary:
+            _in_folder(path, lambda: os.replace(temporary, path))
 
     def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
         with _translated(self.url, key), open(self.root / check_key(key), "rb") as file:
@@ -155,12 +158,11 @@ class LocalStore:
                 raise
             self.creates_atomically = False  # no hard links here (Google Drive, FAT)
             return _create_exclusively(path, data)
-        _sync_folder(path.parent)
         return True
 
     @contextmanager
-    def _temporary(self, path: Path, data: bytes | memoryview) -> Iterator[Path]:
-        """A synced file with `data` on the disk of `path`, gone at the end whatever happens."""
+    def _temporary(self, data: bytes | memoryview) -> Iterator[Path]:
+        """A synced file with `data` on the store's disk, gone at the end whatever happens."""
         folder = self.root / _TEMPORARY
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / uuid.uuid4().hex
@@ -170,7 +172,6 @@ class LocalStore:
                 file.flush()
                 os.fsync(file.fileno())
             self._sweep_temporaries(temporary)
-            path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
@@ -198,9 +199,9 @@ class FsspecStore:
             self._fs: Any = fsspec.filesystem(
                 protocol, use_listings_cache=False, skip_instance_cache=True
             )
-        except (ImportError, ValueError) as error:
+            self._root: str = self._fs._strip_protocol(url).rstrip("/")
+        except (ImportError, ValueError, TypeError, AttributeError, OSError) as error:
             raise ConfigurationError(f"no store for {protocol}:// URLs: {error}") from error
-        self._root: str = self._fs._strip_protocol(url).rstrip("/")
         self.url = url
         self.creates_atomically = True
 
@@ -257,6 +258,8 @@ def _translated(url: str, key: str) -> Iterator[None]:
         yield
     except (FileNotFoundError, FileExistsError):
         raise
+    except (NotImplementedError, TypeError, AttributeError) as error:
+        raise ConfigurationError(f"{url} cannot hold objects: {error or type(error)}") from error
     except NotADirectoryError as error:
         raise ConfigurationError(f"{url} is a file, expected a folder, or a new place") from error
     except OSError as error:
@@ -275,8 +278,20 @@ def _create_exclusively(path: Path, data: bytes) -> bool:
             os.fsync(file.fileno())
     except FileExistsError:
         return False
-    _sync_folder(path.parent)
     return True
+
+
+def _in_folder(path: Path, name_file: Callable[[], Result]) -> Result:
+    """Do what gives `path` its file, in a folder that a deleter may be taking away meanwhile."""
+    for _ in range(_FOLDER_ATTEMPTS):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            result = name_file()
+            _sync_folder(path.parent)
+            return result
+        except FileNotFoundError:
+            continue
+    raise OSError(errno.EIO, f"the folder of {path} cannot be made")
 
 
 def _sync_folder(folder: Path) -> None:

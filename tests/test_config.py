@@ -175,7 +175,7 @@ def test_an_unknown_preset_is_refused() -> None:
     ("flag", "message"),
     [
         ("--keep_last=1", "keep_last must be at least 2, because the newest .*; got 1"),
-        ("--seed=-1", "seed cannot be negative; got -1"),
+        ("--seed=-1", "seed must be from 0 to 2"),
     ],
 )
 def test_a_value_that_cannot_be_is_refused(flag: str, message: str) -> None:

@@ -171,7 +171,7 @@ def test_without_flags_the_run_has_its_own_copy_of_the_embedded_corpus(run: Path
     ((_, shares),) = weights(batches.plan)
     assert shares["python"] == shares["reference"]
     urls = [source.url for source in batches.plan.sources.values()]
-    assert urls == [f"{run}/corpus/python", f"{run}/corpus/reference"]
+    assert urls == ["run:corpus/python", "run:corpus/reference"], "the run may be moved"
 
 
 def test_a_fenced_incarnation_records_no_plan(sources: Path, run: Path) -> None:
@@ -243,3 +243,38 @@ def test_an_error_of_rank_0_is_the_same_on_every_rank(
         open_batches(config, Other(iter([first.told])), None, Phase())
     assert type(there.value) is type(here.value) is kind
     assert str(there.value) == str(here.value) != ""
+
+
+def test_a_refused_change_of_data_leaves_no_trace(
+    sources: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A start that is refused must not change what the next right start trains on."""
+    data = (f"--data=a={sources}/a:2", f"--data=b={sources}/b:1")
+    other = write_source(tmp_path / "other", train=(3000,), validation=(400,), permille=50)
+    assert train_here("--run", run, *data, *SHAPE, "--max_steps=4") == 0
+    before = plans(run)
+    assert train_here("--run", run, f"--data=s={other}", *SHAPE, "--max_steps=6") == 78
+    assert plans(run) == before
+
+
+def test_a_change_that_was_never_trained_on_is_dropped_when_it_is_taken_back(
+    sources: Path, run: Path
+) -> None:
+    data = (f"--data=a={sources}/a:2", f"--data=b={sources}/b:1")
+    assert train_here("--run", run, *data, *SHAPE, "--max_steps=4") == 0
+    edited = opened(run, f"a={sources}/a:1", f"b={sources}/b:1")
+    assert len(edited.plan.segments) == 2
+    again = opened(run, f"a={sources}/a:2", f"b={sources}/b:1")
+    assert len(again.plan.segments) == 1
+    assert again.plan.hash == plans(run)[0].hash
+
+
+def test_a_moved_run_finds_its_corpus_also_when_it_trains_on_other_data_now(
+    run: Path, tmp_path: Path
+) -> None:
+    other = write_source(tmp_path / "other", train=(3000,), validation=(400,), permille=50)
+    assert train_here("--run", run, *SHAPE, "--max_steps=2") == 0
+    assert train_here("--run", run, *SHAPE, f"--data=s={other}", "--max_steps=4") == 0
+    moved = run.rename(tmp_path / "moved")
+    assert train_here("--run", moved, *SHAPE, f"--data=s={other}", "--max_steps=6") == 0
+    assert set(plans(moved)[-1].sources) == {"python", "reference", "s"}

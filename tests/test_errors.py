@@ -17,6 +17,7 @@ CODES = {
     "IntegrityError": 78,
     "StoreUnavailableError": 75,
     "RunBusyError": 75,
+    "StopRequestedError": 75,
     "FencedError": 76,
 }
 """As sysexits.h and the contract with the supervisors have them."""

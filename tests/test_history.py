@@ -64,7 +64,14 @@ def test_commits_of_the_claimant_are_live_in_the_order_of_the_log() -> None:
 
 def test_a_commit_of_a_lower_generation_after_a_claim_does_not_count() -> None:
     assert live(claim(1), commit(1, 10), claim(2), commit(1, 20)) == [10]
-    assert live(commit(1, 10)) == []
+
+
+def test_a_damaged_claim_is_known_by_what_its_incarnation_wrote() -> None:
+    assert live(commit(1, 10)) == [10]
+    assert live(claim(1), commit(1, 10), commit(2, 20), mark("RETIRE", 2, 2)) == [20]
+    past = history(records(claim(1), commit(2, 20)))
+    assert past.generation == 2
+    assert past.claim is None, "who owns the run is not known"
 
 
 def test_a_claim_that_is_not_higher_does_not_count() -> None:

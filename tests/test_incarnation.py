@@ -135,3 +135,31 @@ def test_a_damaged_claim_still_fences_by_the_records_after_it(store: LocalStore)
     store.put("log/0000000002.json", b"{}")
     with pytest.raises(FencedError):
         first.check()
+
+
+def test_a_run_removed_and_begun_anew_fences_the_process_that_was_left(tmp_path: Path) -> None:
+    """Both are generation 1: only the CLAIM itself tells them apart."""
+    import shutil
+
+    stale = claim(LocalStore(tmp_path / "run"))
+    shutil.rmtree(tmp_path / "run")
+    new = claim(LocalStore(tmp_path / "run"))
+    assert stale.generation == new.generation == 1
+    store = LocalStore(tmp_path / "run")
+    before = store.list("log/")
+    for action in (stale.check, lambda: stale.append("COMMIT", lambda _: {}), stale.watcher(store)):
+        with pytest.raises(FencedError, match="its CLAIM is not in the log any more"):
+            action()
+    assert store.list("log/") == before
+    assert new.append("NOTE", lambda _: {}) is not None
+
+
+def test_an_owner_whose_claim_is_damaged_is_known_by_its_beats(store: LocalStore) -> None:
+    owner = claim(store)
+    owner.append("NOTE", lambda _: {})
+    store.put("log/0000000001.json", b"{}")
+    time = Time(lambda second: beat(store, 1, second) if second % 5 == 0 else None)
+    beat(store, 1, 0)
+    with pytest.raises(RunBusyError, match="generation 1 on host unknown"):
+        claim(store, time)
+    assert claim(store, take_over=True).generation == 2

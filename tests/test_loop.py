@@ -382,7 +382,7 @@ def test_people_are_told_loss_speed_and_what_is_left(
         ({"eval_interval_steps": -1}, "an interval cannot be negative; got -1"),
         ({"sample_interval_steps": -2}, "an interval cannot be negative; got -2"),
         ({"save_interval_steps": -3}, "an interval cannot be negative; got -3"),
-        ({"sample_temperature": -0.5}, r"sample_temperature cannot be negative; got -0\.5"),
+        ({"sample_temperature": -0.5}, r"sample_temperature must be a number from 0; got -0\.5"),
     ],
 )
 def test_impossible_intervals_are_refused(changes: dict[str, Any], message: str) -> None:

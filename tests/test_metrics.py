@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from storage.errors import StoreUnavailableError
+from storage.errors import FencedError, StoreUnavailableError
 from trainer.metrics import Metrics
 
 Curve = list[tuple[int, float]]
@@ -61,7 +61,8 @@ def expected_of(*written: tuple[int, range]) -> Curve:
 
 
 def events_file(folder: Path, generation: int) -> Path:
-    return folder / "tensorboard" / f"events.out.tfevents.{generation:010d}.rangeflow"
+    (found,) = (folder / "tensorboard").glob(f"events.out.tfevents.{generation:010d}.*")
+    return found
 
 
 @contextmanager
@@ -270,3 +271,24 @@ def test_a_disk_too_full_to_begin_is_an_error_of_the_store(tmp_path: Path) -> No
     with full_disk(1000), pytest.raises(StoreUnavailableError, match=r": File too large$"):
         Metrics(tmp_path, generation=2, step=200)
     assert curve_of_lines(tmp_path) == before
+
+
+def test_an_incarnation_that_is_stale_when_it_opens_leaves_the_lines_alone(tmp_path: Path) -> None:
+    written(tmp_path, 2, 0, 6)
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def fenced() -> None:
+        raise FencedError("generation 1 is fenced")
+
+    with pytest.raises(FencedError):
+        Metrics(tmp_path, generation=1, step=3, check=fenced)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_of_several_rows_of_a_step_the_last_counts(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1, "loss": 9.0}\n{"step": 2, "loss": 2.0}\n{"step": 1, "loss": 1.0}\n'
+    )
+    with Metrics(tmp_path, generation=1, step=2):
+        assert curve_of_lines(tmp_path) == [(1, 1.0), (2, 2.0)]

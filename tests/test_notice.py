@@ -65,3 +65,16 @@ def test_handlers_are_put_back() -> None:
         signal.raise_signal(signal.SIGTERM)
         assert notice.requested()
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("phase", ["open", "claim", "prepare:unit"])
+def test_a_notice_before_training_ends_the_program_without_a_step(
+    phase: str, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with Program("--run", run, *SHAPE, stops=[(phase, 1)]) as program:
+        program.stopped().send(signal.SIGTERM, signal.SIGCONT)
+        assert program.end() == 75
+        assert f"asked to stop in phase '{phase}', before training began" in program.output()
+        assert "Traceback" not in program.output()
+    assert checkpoints(run) == []

@@ -1,9 +1,12 @@
 from pathlib import Path
 
+import pytest
+
 from checkpointing.history import Checkpoint, History, history
 from checkpointing.pins import LEASE_SECONDS, pinned, pinned_checkpoints
 from checkpointing.retention import retire
 from storage.canonical import canonical_json
+from storage.errors import StoreUnavailableError
 from storage.log import Log
 from storage.store import LocalStore
 from tests.test_retention import with_checkpoints
@@ -42,3 +45,26 @@ def test_a_lease_of_a_killed_reader_ends(tmp_path: Path) -> None:
     assert pinned_checkpoints(store, wall_clock=lambda: 999.0) == {4, 5}
     assert pinned_checkpoints(store, wall_clock=lambda: 1000.0 + LEASE_SECONDS) == {5}
     assert store.list("pins/") == ["pins/b.json"]
+
+
+def test_what_is_no_pin_is_left_alone(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    (tmp_path / "pins").mkdir()
+    for name, content in ((".DS_Store", "x"), ("a.json", "x"), ("b.json", "[]"), ("c.json", "{}")):
+        (tmp_path / "pins" / name).write_text(content)
+    assert pinned_checkpoints(store) == set()
+
+
+class ReadOnly(LocalStore):
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        raise StoreUnavailableError(f"{key}: Read-only file system")
+
+
+def test_a_read_only_copy_of_a_run_is_read_without_a_pin(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_checkpoints(LocalStore(tmp_path), 1)
+    store = ReadOnly(tmp_path)
+    with pinned(store, Log(store), lambda past: past.live[-1]) as checkpoint:
+        assert checkpoint.step == 1
+    assert "reading without a pin" in caplog.text

@@ -283,3 +283,20 @@ def test_shakespeare_is_all_there(tmp_path: Path) -> None:
     assert held_out
     assert not held_out & trained
     assert len(whole) > 0.95 * sum(path.stat().st_size for path in plays)
+
+
+@pytest.mark.parametrize("damage", ["deleted", "cut"])
+def test_preparing_again_makes_a_missing_shard_again(damage: str, tmp_path: Path) -> None:
+    """Training says "prepare the source again" of a missing shard: that must help."""
+    store = open_store(str(tmp_path))
+    corpus = MemoryCorpus([(f"d{i}", f"document {i} " * 40) for i in range(40)])
+    arguments = {"shard_tokens": 3000, "validation_permille": 100}
+    index = prepare(corpus, store, make_tokenizer("bytes"), **arguments)
+    before = {key: store.get(key) for key in store.list("")}
+    key = index.train[-1].tokens_key
+    if damage == "deleted":
+        store.delete(key)
+    else:
+        store.put(key, before[key][:-5])
+    assert prepare(corpus, store, make_tokenizer("bytes"), **arguments) == index
+    assert {key: store.get(key) for key in store.list("")} == before

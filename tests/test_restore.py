@@ -134,3 +134,19 @@ def test_a_fenced_incarnation_restores_nothing(tmp_path: Path) -> None:
     claimed(store)
     results = on_ranks(2, lambda g: restore(store, stale if g.rank == 0 else None, g))
     assert all(isinstance(result, FencedError) for result in results)
+
+
+def test_damaged_records_do_not_begin_a_run_anew_silently(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    with_checkpoints(store, 1)
+    store.put("log/0000000002.json", b"{}")
+    with pytest.raises(NoUsableCheckpointError, match=r"log records \[2\] are, and no checkpoint"):
+        restore(store, claimed(store), Solo())
+
+
+def test_a_damaged_claim_loses_no_checkpoint_of_its_generation(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    with_checkpoints(store, 1, 2)
+    store.put("log/0000000001.json", b"{}")
+    loaded = restore(store, claimed(store), Solo())
+    assert loaded is not None and loaded.exact["step"] == 2

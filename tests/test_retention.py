@@ -33,7 +33,9 @@ def made(index: int, **fields: Any) -> Checkpoint:
 
 
 def chosen(*checkpoints: Checkpoint, keep_last: int = 2, pins: set[int] | None = None) -> list[int]:
-    past = History(claim=None, claim_records=(), checkpoints=checkpoints, plans=(), end=None)
+    past = History(
+        generation=1, claim=None, claim_records=(), checkpoints=checkpoints, plans=(), end=None
+    )
     return victims(past, keep_last=keep_last, pinned=pins or set())
 
 

@@ -199,8 +199,9 @@ def test_the_loop_sees_this_place_in_the_world(store: LocalStore) -> None:
 def test_curves_of_a_local_run_lie_in_the_run(
     store: LocalStore, caplog: pytest.LogCaptureFixture
 ) -> None:
+    owner: Any = SimpleNamespace(generation=3, check=lambda: None)
     with ExitStack() as stack, caplog.at_level(logging.INFO):
-        metrics = open_metrics(parse_config([f"--run={store.url}"]), store, 3, 7, stack)
+        metrics = open_metrics(parse_config([f"--run={store.url}"]), store, owner, 7, stack)
         metrics.add({"step": 8, "loss": 1.5})
         metrics.flush()
     assert curve(store.root) == [(8, 1.5)]
@@ -214,10 +215,11 @@ def test_curves_of_remote_runs_lie_each_in_a_folder_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    owner: Any = SimpleNamespace(generation=1, check=lambda: None)
     urls = ("memory://bucket/runs/mine/", "memory://bucket/others/mine")
     for url in urls:
         with ExitStack() as stack:
-            open_metrics(parse_config([f"--run={url}"]), FsspecStore(url), 1, 0, stack)
+            open_metrics(parse_config([f"--run={url}"]), FsspecStore(url), owner, 0, stack)
     folders = [f"mine-{sha256_hex(url.rstrip('/').encode())[:8]}" for url in urls]
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == sorted(folders)
     assert all((tmp_path / "runs" / name / "metrics.jsonl").exists() for name in folders)

@@ -190,3 +190,11 @@ def test_tensors_overwritten_after_the_save_do_not_change_it(tmp_path: Path) -> 
         tensor.zero_()
     assert saved is not None
     assert torch.equal(load(store, saved).tensors["w"], state().tensors["w"])
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_saved_as_unhealthy(loss: float, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    saved = save(store, claimed(store), Solo(), state(), step=0, parent=None, validation_loss=loss)
+    assert saved is not None
+    assert (saved.healthy, saved.validation_loss) == (False, None)

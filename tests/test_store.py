@@ -143,3 +143,26 @@ def test_a_url_with_credentials_or_of_no_known_kind_is_refused() -> None:
         open_store("nosuch://place")
     with pytest.raises(ConfigurationError, match="is empty"):
         open_store("")
+
+
+def test_a_folder_that_a_deleter_takes_away_meanwhile_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, real = LocalStore(tmp_path), os.replace
+    taken: list[Path] = []
+
+    def replace(source: Path, target: Path) -> None:
+        if not taken:
+            taken.append(Path(target).parent)
+            Path(target).parent.rmdir()
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    store.put("pins/a", b"x")
+    assert taken and store.get("pins/a") == b"x"
+
+
+@pytest.mark.parametrize("url", ["zip://x.zip", "reference://x", "dir://x"])
+def test_places_that_cannot_hold_a_run_are_refused(url: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"no store for|cannot hold objects"):
+        open_store(url).put("a", b"x")

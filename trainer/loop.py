@@ -49,9 +49,11 @@ class LoopConfig:
         intervals = (self.eval_interval_steps, self.sample_interval_steps, self.save_interval_steps)
         if min(intervals) < 0:
             raise ConfigurationError(f"an interval cannot be negative; got {min(intervals)}")
-        if self.sample_temperature < 0.0:
+        if self.sample_tokens < 0:
+            raise ConfigurationError(f"sample_tokens cannot be negative; got {self.sample_tokens}")
+        if not 0.0 <= self.sample_temperature < math.inf:
             raise ConfigurationError(
-                f"sample_temperature cannot be negative; got {self.sample_temperature}"
+                f"sample_temperature must be a number from 0; got {self.sample_temperature}"
             )
 
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,10 @@ _NOT_CURVES = ("step", "time", "samples")
 
 
 class Metrics:
-    """Writes the curves of one incarnation below a folder. For rank 0 only."""
+    """Writes the curves of one incarnation below a folder. For rank 0 only.
+
+    `check` raises when a later incarnation owns the run; the lines so far are then left alone.
+    """
 
     def __init__(
         self,
@@ -34,6 +38,7 @@ class Metrics:
         *,
         generation: int,
         step: int,
+        check: Callable[[], object] = lambda: None,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._wall_clock = wall_clock
@@ -41,8 +46,8 @@ class Metrics:
         events = folder / "tensorboard"
         try:
             events.mkdir(parents=True, exist_ok=True)
-            self._lines = _reopen(folder / "metrics.jsonl", step)
-            name = f"events.out.tfevents.{generation:010d}.rangeflow"
+            self._lines = _reopen(folder / "metrics.jsonl", step, check)
+            name = f"events.out.tfevents.{generation:010d}.{time.time_ns():020d}"
             self._events = open(events / name, "xb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise StoreUnavailableError(f"{folder}: {error.strerror}") from error
@@ -107,23 +112,34 @@ def _finite(row: dict[str, Any]) -> dict[str, Any]:
     return {name: None if name in lost else value for name, value in row.items()}
 
 
-def _reopen(path: Path, step: int) -> BinaryIO:
-    """A new file in the place of `path`, with its rows up to `step`, open for appending."""
-    kept: list[str] = []
-    if path.exists():
-        for line in path.read_text(errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # the last line of a killed process, half written
-    temporary = path.with_name(".metrics.jsonl.new")
-    with open(temporary, "w") as file:
-        file.writelines(kept)
-        file.flush()
+def _reopen(path: Path, step: int, check: Callable[[], object]) -> BinaryIO:
+    """A new file in the place of `path`, with its rows up to `step`, open for appending.
+
+    Of a step with several rows the last one counts.
+    """
+    for left in path.parent.glob(".metrics.jsonl.*"):  # by a process killed in here
+        left.unlink(missing_ok=True)
+    kept: dict[int, str] = {}
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for line in lines:
+        try:
+            row_step = int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a killed process, half written
+        if row_step <= step:
+            kept[row_step] = line + "\n"
+    temporary = path.with_name(f".metrics.jsonl.{uuid.uuid4().hex}")
+    file = cast(BinaryIO, open(temporary, "xb", buffering=0))  # noqa: SIM115
+    try:
+        _write_all(file, "".join(line for _, line in sorted(kept.items())).encode())
         os.fsync(file.fileno())
-    os.replace(temporary, path)
-    return cast(BinaryIO, open(path, "ab", buffering=0))
+        check()  # at the last instant: a stale incarnation must not put its file in place
+        os.replace(temporary, path)
+    except BaseException:
+        file.close()
+        temporary.unlink(missing_ok=True)
+        raise
+    return file
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:

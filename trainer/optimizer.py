@@ -1,5 +1,6 @@
 """AdamW, fused or in 8 bits, and its state as named tensors."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -26,7 +27,12 @@ class OptimizerConfig:
             raise ConfigurationError(
                 f"optimizer.beta1 and beta2 must be in [0, 1); got {self.beta1}, {self.beta2}"
             )
-        if self.clip_norm < 0.0:
+        if not 0.0 <= self.weight_decay < math.inf or not 0.0 < self.epsilon < math.inf:
+            raise ConfigurationError(
+                "optimizer.weight_decay must be at least 0 and optimizer.epsilon above 0; got "
+                f"{self.weight_decay} and {self.epsilon}"
+            )
+        if not self.clip_norm >= 0.0:
             raise ConfigurationError(
                 f"optimizer.clip_norm must be positive, or 0 for no clipping; got {self.clip_norm}"
             )
