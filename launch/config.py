@@ -28,7 +28,7 @@ DESCRIPTION = """Train a GPT, or go on with a run that was interrupted: the same
 
 Examples:
   torchrun --nproc_per_node=1 launch/train.py
-  torchrun --nproc_per_node=4 launch/train.py --run gs://bucket/runs/a --preset gpt2-124m
+  torchrun --nproc_per_node=4 -- launch/train.py --run gs://bucket/runs/a --preset gpt2-124m
       --data c4=gs://bucket/tokens/c4:0.7 --data books=gs://bucket/tokens/books:0.3
 
 Exit codes: 0 complete, 75 start again, 76 fenced by another incarnation, 78 change something first,
