@@ -186,7 +186,7 @@ def test_a_value_that_cannot_be_is_refused(flag: str, message: str) -> None:
 def test_help_shows_an_example_and_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert "torchrun --nproc_per_node=4 launch/train.py --run gs://" in shown
+    assert "torchrun --nproc_per_node=4 -- launch/train.py --run gs://" in shown
     for code in ("0 complete", "75 start again", "76 fenced", "78 change something", "70 a defect"):
         assert code in re.sub(r"\s+", " ", shown)
     for name in leaves(RunConfig()):
