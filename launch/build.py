@@ -7,7 +7,7 @@ import torch
 
 from data_service.batches import Batches
 from launch.config import RunConfig
-from launch.world import World
+from launch.world import World, fingerprint
 from storage.errors import ConfigurationError
 from trainer.model import initial_model, padded_vocabulary, parameter_count
 from trainer.numerics import make_scaler, resolve_precision, set_up_numerics
@@ -19,7 +19,17 @@ logger = logging.getLogger(__name__)
 
 
 def settled(config: RunConfig, world: World) -> RunConfig:
-    """The configuration with `auto` values resolved for this world. Refuses too large a world."""
+    """The configuration with `auto` values resolved for this world.
+
+    Refuses a world that is too large, and one of unlike devices, whose bits would differ.
+    """
+    kinds = world.gather(fingerprint(world.device))
+    for rank, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise ConfigurationError(
+                f"all processes need the same device and torch, or their bits differ: rank {rank} "
+                f"has {kind}, rank 0 has {kinds[0]}"
+            )
     if world.size > config.batch.virtual_ranks:
         raise ConfigurationError(
             f"{world.size} processes cannot share {config.batch.virtual_ranks} virtual ranks: "

@@ -99,3 +99,11 @@ def test_the_operator_is_told_what_trains(tmp_path: Path, caplog: pytest.LogCapt
     assert line == (
         "34,208 parameters, vocabulary 257 (padded to 320), fp32, 4 of 4 virtual ranks here, on cpu"
     )
+
+
+def test_a_world_of_unlike_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, place = parse_config(SHAPE), world(0, 2)
+    other = {"device": "NVIDIA T4", "torch": torch.__version__}
+    monkeypatch.setattr(place, "gather", lambda value: [value, other])
+    with pytest.raises(ConfigurationError, match=r"need the same device .* rank 1 has .*T4"):
+        settled(config, place)

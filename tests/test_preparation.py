@@ -6,7 +6,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -136,13 +135,13 @@ def test_killed_at_every_announcement_in_turn_it_still_ends_bit_equal(tmp_path: 
 
 
 PROGRAM = """
-import sys, time
+import signal, sys
 from data_service.prepare import main
 
 def announce(phase):
     print(phase, flush=True)
     if phase == sys.argv[1] and int(sys.argv[2]) == announce.heard:
-        time.sleep(60)
+        signal.pause()
     announce.heard += phase == sys.argv[1]
 
 announce.heard = 0
@@ -223,10 +222,13 @@ def test_a_split_by_position_would_put_duplicates_on_both_sides() -> None:
 def test_a_finished_source_is_left_as_it_is(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     first = prepare(CORPUS, store, make_tokenizer("bytes"), **OPTIONS)  # type: ignore[arg-type]
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")}
-    time.sleep(0.01)
+    times = {
+        path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.npy")
+    }
     assert prepare(CORPUS, store, make_tokenizer("bytes"), **OPTIONS) == first  # type: ignore[arg-type]
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npy")} == times
+    assert {
+        path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in tmp_path.rglob("*.npy")
+    } == times
 
 
 def test_other_settings_in_the_same_place_are_refused(tmp_path: Path) -> None:
