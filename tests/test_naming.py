@@ -121,7 +121,9 @@ def past_of(*losses: float | None) -> History:
 
 
 def with_checkpoints(*found: Checkpoint) -> History:
-    return History(claim=None, claim_records=(), checkpoints=found, plans=(), end=None)
+    return History(
+        generation=1, claim=None, claim_records=(), checkpoints=found, plans=(), end=None
+    )
 
 
 def test_best_is_the_newest_of_the_lowest_validation_losses() -> None:
