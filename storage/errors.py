@@ -6,6 +6,8 @@ RangeFlowError                 an error with a message for people; never shown w
 |   `-- NoUsableCheckpointError  every checkpoint of the run is damaged
 |-- IntegrityError             bytes are not what their digest says                 (exit 78)
 |-- StoreUnavailableError      a store, disk or network failed; a restart may help  (exit 75)
+|   `-- StoreRefusedError        the store does not permit the operation
+|-- DivergenceError            the processes do not hold the same state            (exit 75)
 |-- RunBusyError               another incarnation is alive on the run              (exit 75)
 |-- StopRequestedError         a notice came before training began                  (exit 75)
 `-- FencedError                a later incarnation has claimed the run              (exit 76)
@@ -40,6 +42,16 @@ class IntegrityError(RangeFlowError):
 
 class StoreUnavailableError(RangeFlowError):
     """A store did not do what was asked, for a reason that may pass (network, disk, quota)."""
+
+    exit_code = 75
+
+
+class StoreRefusedError(StoreUnavailableError):
+    """A store did not permit what was asked. In the middle of a run, the permission may return."""
+
+
+class DivergenceError(RangeFlowError):
+    """The processes of a run do not hold the same state; a restart goes back to where they did."""
 
     exit_code = 75
 

@@ -16,6 +16,8 @@ CODES = {
     "NoUsableCheckpointError": 78,
     "IntegrityError": 78,
     "StoreUnavailableError": 75,
+    "StoreRefusedError": 75,
+    "DivergenceError": 75,
     "RunBusyError": 75,
     "StopRequestedError": 75,
     "FencedError": 76,
