@@ -4,20 +4,22 @@ The fence is the order of the log. An incarnation begins with a CLAIM of the nex
 then on nobody of a lower generation can append, because every append reads the log to its end
 first and finds the CLAIM.
 
-Covers: processes that are killed, stopped and woken, started twice, on any number of hosts.
+Covers: processes that are killed, stopped and woken, started twice, on any number of hosts; use
+by several threads of one process.
 Does not cover: what a stale process does to anything but the log and its own objects.
 """
 
 import logging
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from checkpointing.beats import BEAT_SECONDS, read_beat
-from checkpointing.history import history
+from checkpointing.history import history, restated, without_objects
 from checkpointing.owner import provably_gone, this_process
 from storage.errors import FencedError, RunBusyError
-from storage.log import Draft, Log, Record
+from storage.log import Draft, Log, Record, begins_replay
 from storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -25,19 +27,29 @@ logger = logging.getLogger(__name__)
 GRACE_SECONDS = 12.0
 """How long a starter waits for a beating owner to leave (the default grace budget)."""
 
+BASE_RECORDS = 100
+"""How many records a BASE lets lie behind it before the next: what a start reads at most."""
+
 
 class Incarnation:
-    """The right to append to a run's log, until a later incarnation claims it."""
+    """The right to append to a run's log, until a later incarnation claims it.
+
+    Any thread may call anything: one operation on the log goes on at a time, and the others wait,
+    also for a store that is slow; who must not wait takes a `watcher`. What is returned is the
+    caller's own. A `decide` may read the incarnation, on its own thread.
+    """
 
     def __init__(self, log: Log, claim: Record) -> None:
         self._log = log
         self._claim = claim
+        self._lock = threading.RLock()
         self.generation = claim.generation
 
     @property
     def records(self) -> Sequence[Record]:
-        """The log as this incarnation last read it."""
-        return self._log.records
+        """The log as this incarnation last read it, from the newest BASE on."""
+        with self._lock:
+            return tuple(self._log.records)
 
     def watcher(self, store: Store) -> Callable[[], object]:
         """A `check` with a log of its own, for another thread."""
@@ -47,13 +59,15 @@ class Incarnation:
     @property
     def damaged_records(self) -> Sequence[int]:
         """Slots of the log that could not be read; what they said is not known."""
-        return self._log.damaged
+        with self._lock:
+            return tuple(self._log.damaged)
 
     def check(self) -> Sequence[Record]:
-        """The records of the log, read to its end; raises FencedError after a later CLAIM."""
-        records = self._log.refresh()
-        _refuse_if_stale(self._log, records, self._claim)
-        return records
+        """As `records`, read to the log's end; raises FencedError after a later CLAIM."""
+        with self._lock:
+            records = self._log.refresh()
+            _refuse_if_stale(self._log, records, self._claim)
+            return tuple(records)
 
     def append(
         self, kind: str, decide: Callable[[Sequence[Record]], dict[str, Any] | None]
@@ -70,7 +84,34 @@ class Incarnation:
                 return None
             return Draft(kind=kind, generation=self.generation, body=body)
 
-        return self._log.append(draft)
+        with self._lock:
+            return self._log.append(draft)
+
+    def shorten(self, list_objects: Callable[[], Iterable[str]] | None = None) -> Record | None:
+        """Append a BASE when 100 records lie since the last one; call it after a commit.
+
+        `list_objects` lists the keys of `checkpoints/`: retired checkpoints that have no object
+        left are forgotten by the BASE; without it, none is. Nothing is read or listed before a BASE
+        is due. Raises as `append` does; that no BASE could be appended harms nothing.
+        """
+        with self._lock:
+            if _records_since_base(self._log.records) < BASE_RECORDS:
+                return None
+            past = history(self.check())
+            gone = without_objects(past, list_objects()) if list_objects else set()
+
+            def decide(records: Sequence[Record]) -> dict[str, Any] | None:
+                if _records_since_base(records) < BASE_RECORDS:
+                    return None
+                return restated(history(records), gone)
+
+            return self.append("BASE", decide)
+
+
+def _records_since_base(records: Sequence[Record]) -> int:
+    """How many slots lie behind the newest BASE, or behind the beginning of the log."""
+    newest = next((r.index for r in reversed(records) if begins_replay(r)), 0)
+    return records[-1].index - newest if records else 0
 
 
 def _refuse_if_stale(log: Log, records: Sequence[Record], claim: Record) -> None:

@@ -1,17 +1,19 @@
 """Who may own a run, and when; with a clock and a sleep of the test's own."""
 
+import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from checkpointing.history import history
-from checkpointing.incarnation import Incarnation, claim_run
+from checkpointing.incarnation import BASE_RECORDS, Incarnation, claim_run
 from storage.canonical import canonical_json
 from storage.errors import FencedError, RunBusyError
-from storage.log import Draft, Log
+from storage.log import Draft, Log, Record
 from storage.store import LocalStore, Store
 
 ELSEWHERE = {"host": "spot-7", "boot_id": "x", "pid_namespace": "y", "pid": 1, "started": "9"}
@@ -163,3 +165,155 @@ def test_an_owner_whose_claim_is_damaged_is_known_by_its_beats(store: LocalStore
     with pytest.raises(RunBusyError, match="generation 1 on host unknown"):
         claim(store, time)
     assert claim(store, take_over=True).generation == 2
+
+
+def committed(owner: Incarnation, step: int) -> int:
+    body = {
+        "step": step,
+        "digest": "d",
+        "manifest_key": f"checkpoints/g0001/s{step:08d}-0123456789ab/manifest.json",
+        "manifest_sha256": "s",
+        "parent": None,
+        "healthy": True,
+        "validation_loss": None,
+    }
+    record = owner.append("COMMIT", lambda _: body)
+    assert record is not None
+    return record.index
+
+
+def busy(owner: Incarnation, slots: int) -> None:
+    """Append notes until the log has that many slots."""
+    while owner.records[-1].index < slots:
+        owner.append("NOTE", lambda _: {})
+
+
+def test_a_base_is_appended_every_hundred_records(store: LocalStore) -> None:
+    owner = claim(store)
+    based = []
+    while owner.records[-1].index < 3 * BASE_RECORDS:
+        owner.append("NOTE", lambda _: {})
+        if record := owner.shorten():
+            based.append(record.index)
+    assert based == [101, 202]
+    assert owner.records[0].index == 202
+    assert len(Log(store).refresh()) == 3 * BASE_RECORDS - 202 + 1
+    next_owner = claim(store, take_over=True)
+    assert next_owner.generation == 2
+    past = history(next_owner.check())
+    assert past == history(Log(store, whole=True).refresh())
+    assert [lifespan.generation for lifespan in past.lifespans] == [1, 2]
+
+
+def test_before_a_base_is_due_nothing_is_read_or_listed(store: LocalStore) -> None:
+    owner = claim(store)
+    busy(owner, BASE_RECORDS - 1)
+    store.root = store.root / "nowhere"  # any read would now find the run gone
+    assert owner.shorten(lambda: pytest.fail("listed")) is None
+
+
+def test_a_base_forgets_the_retired_checkpoints_that_have_no_object(store: LocalStore) -> None:
+    owner = claim(store)
+    first, second, third = (committed(owner, step) for step in (1, 2, 3))
+    owner.append("RETIRE", lambda _: {"checkpoints": [first, second]})
+    store.put("checkpoints/g0001/s00000002-0123456789ab/manifest.json", b"{}")
+    busy(owner, BASE_RECORDS)
+    assert owner.shorten(lambda: store.list("checkpoints/")) is not None
+    assert [c.index for c in history(Log(store).refresh()).checkpoints] == [second, third]
+    whole = history(Log(store, whole=True).refresh())
+    assert [c.index for c in whole.checkpoints] == [first, second, third]
+
+
+def test_without_a_listing_a_base_forgets_nothing(store: LocalStore) -> None:
+    owner = claim(store)
+    first, second = (committed(owner, step) for step in (1, 2))
+    owner.append("RETIRE", lambda _: {"checkpoints": [first]})
+    busy(owner, BASE_RECORDS)
+    assert owner.shorten() is not None
+    assert [c.index for c in history(Log(store).refresh()).checkpoints] == [first, second]
+
+
+def test_a_stale_incarnation_appends_no_base(store: LocalStore) -> None:
+    stale = claim(store)
+    busy(stale, BASE_RECORDS)
+    claim(store, take_over=True)
+    before = store.list("log/")
+    with pytest.raises(FencedError):
+        stale.shorten()
+    assert store.list("log/") == before
+
+
+def test_a_claim_while_a_base_is_prepared_fences_it(store: LocalStore) -> None:
+    stale = claim(store)
+    busy(stale, BASE_RECORDS)
+
+    def list_objects() -> list[str]:
+        claim(store, take_over=True)
+        return []
+
+    with pytest.raises(FencedError):
+        stale.shorten(list_objects)
+    assert not [r for r in Log(store, whole=True).refresh() if r.kind == "BASE"]
+
+
+def test_a_claim_that_a_base_has_left_behind_still_fences(store: LocalStore) -> None:
+    """The watcher of a process that slept reads a log that begins after the CLAIM it missed."""
+    stale = claim(store)
+    watch = stale.watcher(store)
+    owner = claim(store, take_over=True)
+    busy(owner, BASE_RECORDS)
+    assert owner.shorten() is not None
+    assert [r.kind for r in Log(store).refresh()] == ["BASE"]
+    for action in (stale.check, watch):
+        with pytest.raises(FencedError, match="generation 2 has claimed"):
+            action()
+
+
+def test_threads_take_turns(store: LocalStore) -> None:
+    """Appends, checks and BASEs at once: nothing is lost, and nobody sees another's half."""
+    owner = claim(store)
+    at_once = threading.Barrier(4)
+
+    def append() -> None:
+        at_once.wait()
+        for _ in range(40):
+            owner.append("NOTE", lambda records: {"last": records[-1].index})
+
+    def read() -> None:
+        at_once.wait()
+        for _ in range(40):
+            indices = [record.index for record in owner.check()]
+            assert indices == list(range(indices[0], indices[-1] + 1))
+            owner.shorten()
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work) for work in (append, append, append, read)]:
+            done.result()
+    owner.shorten()
+    records = Log(store, whole=True).refresh()
+    notes = [record for record in records if record.kind == "NOTE"]
+    assert len(notes) == 3 * 40
+    assert all(note.body["last"] == note.index - 1 for note in notes), "no append was decided anew"
+    assert [record.kind for record in records].count("BASE") == 1
+
+
+def test_a_check_waits_for_an_append_of_another_thread(store: LocalStore) -> None:
+    owner = claim(store)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = []
+
+        def decide(_: Sequence[Record]) -> dict[str, Any]:
+            waiting.append(pool.submit(owner.check))
+            assert owner.records, "the appending thread itself may read"
+            return {}
+
+        record = owner.append("NOTE", decide)
+        assert record is not None
+        assert waiting[0].result()[-1] == record
+
+
+def test_what_was_returned_does_not_change(store: LocalStore) -> None:
+    owner = claim(store)
+    before = owner.check()
+    owner.append("NOTE", lambda _: {})
+    assert len(before) == 1
