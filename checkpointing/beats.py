@@ -29,7 +29,8 @@ class Beats:
     """A thread that writes `beats/g<generation>.json` every five seconds. Best effort.
 
     `place` gives the phase and the step. `fenced` is set once the owner's watcher, which is called
-    on this thread, has raised FencedError.
+    on this thread, has raised FencedError. `afterwards` is called after each beat, on this thread,
+    while the owner is known to own the run.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Beats:
         self._place = place
         self._left = False
         self._count = 0
+        self.afterwards: Callable[[], None] = lambda: None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="beats", daemon=True)
         self.fenced = False
@@ -77,6 +79,8 @@ class Beats:
             phase, step = self._place()
             beat = {"count": self._count, "phase": phase, "step": step, "left": self._left}
             self._store.put(self._key, canonical_json(beat))
+            if not self._left:
+                self.afterwards()
         except FencedError:
             self.fenced = True
         except RangeFlowError as error:

@@ -31,24 +31,14 @@ _DTYPES = {
 }
 
 
-def describe(tensor: torch.Tensor) -> dict[str, Any]:
-    """dtype, shape and the sha256 of each 16 MiB of a tensor in CPU memory, row-major."""
-    return {
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "chunks": chunk_digests(tensor),
-    }
-
-
-def chunk_digests(tensor: torch.Tensor) -> list[str]:
-    """The sha256 of each 16 MiB of the tensor's bytes; one entry for an empty tensor."""
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+def chunk_digests(data: memoryview) -> list[str]:
+    """The sha256 of each 16 MiB of a tensor's bytes, row-major; one entry for an empty tensor."""
     starts = range(0, max(1, len(data)), CHUNK_BYTES)
     return [sha256_hex(data[start : start + CHUNK_BYTES]) for start in starts]
 
 
 def checkpoint_digest(tensors: Mapping[str, Mapping[str, Any]], exact: Mapping[str, Any]) -> str:
-    """The digest of descriptions made by `describe`, by tensor name, and of the exact state."""
+    """The digest of tensors (by name: `dtype`, `shape`, `chunks`) and of the exact state."""
     table = [
         [name, tensors[name]["dtype"], tensors[name]["shape"], tensors[name]["chunks"]]
         for name in sorted(tensors)

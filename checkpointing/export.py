@@ -167,9 +167,7 @@ def _read(
 def _model_fields(identity: Mapping[str, Any], log: Log, checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields `model.*` of the run, with the changes accepted before the checkpoint."""
     fields = dict(identity)
-    for claim in history(log.records).claim_records:
-        if claim.index < checkpoint.index:
-            fields |= claim.body["accepted_changes"]
+    fields |= history(log.records).accepted_changes(before=checkpoint.index)
     return {k.removeprefix("model."): v for k, v in fields.items() if k.startswith("model.")}
 
 

@@ -2,6 +2,8 @@
 
 from typing import Any, Protocol
 
+import torch
+
 
 class Group(Protocol):
     """The processes of one incarnation. Every process must make the same calls in the same order.
@@ -18,6 +20,9 @@ class Group(Protocol):
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0, to every process."""
 
+    def share(self, place: torch.Tensor, source: int) -> None:
+        """Fill `place`, uint8 in CPU memory, on every process with what `source` has in its own."""
+
 
 class Solo:
     """A group of one process."""
@@ -30,3 +35,6 @@ class Solo:
 
     def broadcast(self, value: Any) -> Any:
         return value
+
+    def share(self, place: torch.Tensor, source: int) -> None:
+        return None

@@ -1,24 +1,30 @@
 """Reads one checkpoint, and believes no byte of it before its digest is checked."""
 
+import io
 import json
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 
-from checkpointing.digest import checkpoint_digest, chunk_digests, dtype_named
+from checkpointing.digest import CHUNK_BYTES, checkpoint_digest, chunk_digests, dtype_named
+from checkpointing.group import Group
 from checkpointing.history import Checkpoint
-from checkpointing.save import FORMAT
+from checkpointing.layout import ObjectLayout, Piece, Spec, described
+from checkpointing.snapshot import fingerprint, flat_bytes
+from checkpointing.write import FORMAT
 from storage.canonical import sha256_hex
-from storage.errors import IntegrityError
+from storage.errors import ConfigurationError, IntegrityError, StoreUnavailableError
 from storage.store import Store
 
 _KEY = re.compile(r"checkpoints/g\d{4,}/s\d{8,}-[0-9a-f]{12}/(r\d{3,}-p\d{2,}\.safetensors)")
 _MANIFEST_BYTES = 256 * 2**20
+_READS_IN_FLIGHT = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,27 +35,58 @@ class Loaded:
     tensors: dict[str, torch.Tensor]
     exact: dict[str, Any]
     extra: dict[str, Any]
+    objects: tuple[ObjectLayout, ...] = ()
 
 
-def load(store: Store, checkpoint: Checkpoint) -> Loaded:
+def load(store: Store, checkpoint: Checkpoint, *, rank: int = 0, size: int = 1) -> Loaded:
     """The checkpoint, every byte verified.
 
+    With a `size`, only the objects whose number is `rank` modulo `size` are read; the others' bytes
+    are not there until `spread` has brought them.
     Raises IntegrityError when an object is missing, cut, changed or exchanged, naming it, and
     StoreUnavailableError when the store fails.
     """
     manifest = read_manifest(store, checkpoint)
-    tensors: dict[str, torch.Tensor] = {}
-    for key, entry in manifest["objects"].items():
-        tensors |= _read_object(store, key, entry)
-    _compare(tensors, manifest["tensors"])
-    if checkpoint_digest(manifest["tensors"], manifest["exact"]) != checkpoint.digest:
-        raise IntegrityError(f"{checkpoint.manifest_key} does not have the digest of its COMMIT")
+    try:
+        specs, layouts = _plan(manifest, checkpoint.manifest_key)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"{checkpoint.manifest_key} is no manifest: {error!r}") from error
+    tensors = {name: _empty(spec) for name, spec in specs.items()}
+    places = {name: flat_bytes(tensor) for name, tensor in tensors.items()}
+
+    def read(key: str) -> None:
+        _read_object(store, key, layouts[key], places, manifest["tensors"])
+
+    with ThreadPoolExecutor(_READS_IN_FLIGHT, thread_name_prefix="load") as pool:
+        list(pool.map(read, list(layouts)[rank::size]))
     return Loaded(
         checkpoint=checkpoint,
         tensors=tensors,
         exact=manifest["exact"],
         extra=manifest["extra"],
+        objects=tuple(layouts.values()),
     )
+
+
+def spread(loaded: Loaded, group: Group) -> None:
+    """Give each process what the others have read, and compare what has arrived.
+
+    Raises StoreUnavailableError when it is not the same everywhere.
+    """
+    places = {name: flat_bytes(tensor) for name, tensor in loaded.tensors.items()}
+    for number, layout in enumerate(loaded.objects):
+        for piece in layout.pieces:
+            if piece.stop > piece.start:
+                place = places[piece.tensor][piece.start : piece.stop]
+                group.share(place, number % group.size)
+    mine = {name: int(fingerprint(tensor)) for name, tensor in loaded.tensors.items()}
+    for rank, theirs in enumerate(group.gather(mine)):
+        for name, found in theirs.items():
+            if found != mine[name]:
+                raise StoreUnavailableError(
+                    f"{name} has arrived differently on rank {rank}: the network between the "
+                    "processes changes bytes. Start again, or look for the faulty machine"
+                )
 
 
 def read_manifest(store: Store, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -58,49 +95,120 @@ def read_manifest(store: Store, checkpoint: Checkpoint) -> dict[str, Any]:
     folder = key.removesuffix("manifest.json")
     if not _KEY.fullmatch(f"{folder}r000-p00.safetensors"):
         raise IntegrityError(f"{key!r} is not the key of a manifest")
-    data = _read(store, key, _MANIFEST_BYTES)
+    try:
+        data = store.get(key, 0, _MANIFEST_BYTES + 1)
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{key} is missing") from error
     if sha256_hex(data) != checkpoint.manifest_sha256:
         raise IntegrityError(f"{key} is not the manifest that was committed: its sha256 differs")
-    manifest: dict[str, Any] = json.loads(data)
-    if manifest["format"] != FORMAT:
-        raise IntegrityError(f"{key} has format {manifest['format']}, expected {FORMAT}")
-    for name in manifest["objects"]:
-        if not name.startswith(folder) or not _KEY.fullmatch(name):
-            raise IntegrityError(f"{key} names {name!r}, which is not an object of its checkpoint")
+    try:
+        manifest: dict[str, Any] = json.loads(data)
+        _check(manifest, checkpoint, folder)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(f"{key} is no manifest: {error!r}") from error
     return manifest
 
 
-def _read_object(store: Store, key: str, entry: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    data = _read(store, key, entry["size_bytes"])
-    if len(data) != entry["size_bytes"]:
-        raise IntegrityError(f"{key} has {len(data)} bytes, expected {entry['size_bytes']}")
-    if sha256_hex(data) != entry["sha256"]:
-        raise IntegrityError(f"{key} is damaged: its sha256 is not that of its manifest")
-    try:
-        return safetensors.torch.load(data)
-    except safetensors.SafetensorError as error:
-        raise IntegrityError(f"{key} is not a safetensors object: {error}") from error
+def _check(manifest: Mapping[str, Any], checkpoint: Checkpoint, folder: str) -> None:
+    key = checkpoint.manifest_key
+    if manifest["format"] != FORMAT:
+        raise ConfigurationError(
+            f"{key} has format {manifest['format']}, expected {FORMAT}: use the version of "
+            "RangeFlow that wrote it, or start anew with --run"
+        )
+    for name in manifest["objects"]:
+        if not name.startswith(folder) or not _KEY.fullmatch(name):
+            raise IntegrityError(f"{key} names {name!r}, which is not an object of its checkpoint")
+    if checkpoint_digest(manifest["tensors"], manifest["exact"]) != checkpoint.digest:
+        raise IntegrityError(f"{key} does not have the digest of its COMMIT")
 
 
-def _read(store: Store, key: str, most_bytes: int) -> bytes:
+def _plan(manifest: Mapping[str, Any], key: str) -> tuple[dict[str, Spec], dict[str, ObjectLayout]]:
+    """The tensors, and the objects that hold every byte of each of them exactly once."""
+    specs: dict[str, Spec] = {}
+    for name, entry in manifest["tensors"].items():
+        if dtype_named(entry["dtype"]) is None:
+            raise IntegrityError(f"{name} is {entry['dtype']}, which no checkpoint holds")
+        if not all(type(length) is int and length >= 0 for length in entry["shape"]):
+            raise IntegrityError(f"{name} is said to have the shape {entry['shape']}")
+        specs[name] = Spec(dtype=entry["dtype"], shape=tuple(entry["shape"]))
+        if len(entry["chunks"]) != specs[name].chunks:
+            raise IntegrityError(f"{key} does not have a digest for every chunk of {name}")
+    layouts: dict[str, ObjectLayout] = {}
+    stored: dict[str, list[Piece]] = {name: [] for name in specs}
+    for object_key, entry in manifest["objects"].items():
+        pieces = [Piece(tensor=t, start=start, stop=stop) for t, start, stop in entry["pieces"]]
+        for piece in pieces:
+            if piece.tensor not in specs:
+                raise IntegrityError(f"{object_key} holds {piece.tensor!r}, which is no tensor")
+            stored[piece.tensor].append(piece)
+        layouts[object_key] = described(pieces, specs)
+        if layouts[object_key].size_bytes != entry["size_bytes"]:
+            raise IntegrityError(f"{object_key} is said to have {entry['size_bytes']} bytes")
+    for name, found in stored.items():
+        end = 0
+        for piece in sorted(found, key=lambda piece: piece.start):
+            fits = piece.start == end and piece.start % CHUNK_BYTES == 0
+            end = piece.stop if fits else -1
+        if end != specs[name].size_bytes or not found:
+            raise IntegrityError(f"{key} does not store every byte of {name} exactly once")
+    return specs, layouts
+
+
+def _empty(spec: Spec) -> torch.Tensor:
+    return torch.empty(spec.shape, dtype=dtype_named(spec.dtype))
+
+
+def _read_object(
+    store: Store,
+    key: str,
+    layout: ObjectLayout,
+    places: Mapping[str, torch.Tensor],
+    table: Mapping[str, Mapping[str, Any]],
+) -> None:
+    """Read an object into its tensors, and verify its header and every chunk."""
+    with _opened(store, key, layout.size_bytes) as fill:
+        header = bytearray(len(layout.header))
+        fill(memoryview(header))
+        if header != layout.header:
+            raise IntegrityError(f"{key} is damaged: its header is not that of its manifest")
+        for piece in layout.pieces:
+            place = memoryview(places[piece.tensor].numpy())[piece.start : piece.stop]  # type: ignore[arg-type]
+            for number in piece.chunks:
+                start = number * CHUNK_BYTES - piece.start
+                chunk = place[start : start + CHUNK_BYTES]
+                fill(chunk)
+                if chunk_digests(chunk) != [table[piece.tensor]["chunks"][number]]:
+                    raise IntegrityError(
+                        f"{key} is damaged: bytes {number * CHUNK_BYTES} and following of "
+                        f"{piece.tensor} do not have their sha256"
+                    )
+
+
+@contextmanager
+def _opened(store: Store, key: str, size_bytes: int) -> Iterator[Callable[[memoryview], None]]:
+    """A function that fills memory with the object's next bytes; a local file without copies."""
+    path = store.local_path(key)
     try:
-        return store.get(key, 0, most_bytes + 1)
+        with (
+            open(path, "rb", buffering=0)
+            if path is not None
+            else io.BytesIO(store.get(key, 0, size_bytes + 1))
+        ) as source:
+            found = source.seek(0, os.SEEK_END)
+            source.seek(0)
+            if found != size_bytes:
+                raise IntegrityError(f"{key} has {found} bytes, expected {size_bytes}")
+
+            def fill(place: memoryview) -> None:
+                while place:
+                    read = source.readinto(place)
+                    if not read:
+                        raise IntegrityError(f"{key} ends too early")
+                    place = place[read:]
+
+            yield fill
     except FileNotFoundError as error:
         raise IntegrityError(f"{key} is missing") from error
-
-
-def _compare(tensors: Mapping[str, torch.Tensor], table: Mapping[str, Mapping[str, Any]]) -> None:
-    """Raise IntegrityError unless the tensors are those of the manifest's table, chunk by chunk."""
-    if tensors.keys() != table.keys():
-        names = ", ".join(sorted(tensors.keys() ^ table.keys())[:5])
-        raise IntegrityError(f"objects and manifest do not name the same tensors: {names}")
-    for name, tensor in tensors.items():
-        entry = table[name]
-        same_kind = tensor.dtype == dtype_named(entry["dtype"])
-        if not same_kind or list(tensor.shape) != entry["shape"]:
-            raise IntegrityError(
-                f"{name} is {tensor.dtype} {list(tensor.shape)}, "
-                f"expected {entry['dtype']} {entry['shape']}"
-            )
-        if chunk_digests(tensor) != entry["chunks"]:
-            raise IntegrityError(f"{name} does not have the content of its manifest")
+    except OSError as error:
+        raise StoreUnavailableError(f"{store.url}: {key}: {error.strerror}") from error

@@ -1,8 +1,9 @@
 """Finds the newest checkpoint that can be proved whole, on all ranks together.
 
-Rank 0 reads the log and decides; every rank reads and verifies; one vote. A checkpoint that a rank
-reads damaged twice is put in QUARANTINE, and all step back to the one before. A store that fails
-quarantines nothing. Two quarantines in one start mean that something else is wrong: stop.
+Rank 0 reads the log and decides; every rank reads and verifies, from a disk everything, from a
+bucket 1/N, which it then gives to the others; one vote. A checkpoint that a rank reads damaged
+twice is put in QUARANTINE, and all step back to the one before. A store that fails quarantines
+nothing. Two quarantines in one start mean that something else is wrong: stop.
 """
 
 import logging
@@ -10,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from checkpointing.group import Group
+from checkpointing.group import Group, Solo
 from checkpointing.history import Checkpoint, history
 from checkpointing.incarnation import Incarnation
-from checkpointing.load import Loaded, load
+from checkpointing.load import Loaded, load, spread
 from storage.errors import (
     FencedError,
     IntegrityError,
@@ -45,7 +46,8 @@ def restore(
         candidate = _choose(store, incarnation, group, gave_up=quarantines == MOST_QUARANTINES)
         if candidate is None:
             return None
-        loaded, outcome = _try(store, candidate)
+        apart = store.local_path(candidate.manifest_key) is None
+        loaded, outcome = _try(store, candidate, group if apart else Solo())
         outcomes = group.gather(outcome)
         damage = [f"rank {r}: {o['damaged']}" for r, o in enumerate(outcomes) if "damaged" in o]
         if damage:
@@ -54,6 +56,9 @@ def restore(
         failures = [o["unavailable"] for o in outcomes if "unavailable" in o]
         if failures:
             raise StoreUnavailableError(f"no checkpoint could be read: {failures[0]}")
+        assert loaded is not None, "what is neither damaged nor out of reach was read"
+        if apart:
+            spread(loaded, group)
         return loaded
     raise AssertionError("the last round either returns or raises")
 
@@ -87,11 +92,13 @@ def _choose(
     return Checkpoint(**choice["checkpoint"]) if choice else None
 
 
-def _try(store: Store, checkpoint: Checkpoint) -> tuple[Loaded | None, dict[str, str]]:
-    """Read the checkpoint; what looks damaged is read a second time before it is called so."""
+def _try(
+    store: Store, checkpoint: Checkpoint, readers: Group
+) -> tuple[Loaded | None, dict[str, str]]:
+    """Read this rank's part; what looks damaged is read a second time before it is called so."""
     for again in (True, False):
         try:
-            return load(store, checkpoint), {}
+            return load(store, checkpoint, rank=readers.rank, size=readers.size), {}
         except IntegrityError as error:
             if not again:
                 return None, {"damaged": str(error)}

@@ -1,34 +1,36 @@
-"""Writes one checkpoint: every process its share of the tensors, then rank 0 the COMMIT.
+"""Saves beside training: the loop hands over its state and goes on.
 
-Nothing exists until the COMMIT is in the log; before that there are only objects under keys that
-no other attempt uses. Objects are immutable.
+`begin` starts the copy of the state and returns; `wait_for_copy` comes before the next update; a
+thread of its own uploads and commits. A thread, because digests, file writes and sockets release
+the interpreter, and because the memory of a GPU's copy can be pinned only in the process that owns
+it; docs/benchmarks.md has the figures.
 
-Covers: kills at any instant, failed uploads (the save is given up, on all ranks alike), fencing.
-Does not cover: saving beside training; the caller waits.
+Covers: one save in flight, in memory allocated once; a save that begins while another is in flight
+(the last one before leaving) takes the second arena and its turn.
+Does not cover: deciding when to save; the loop does.
 """
 
+import concurrent.futures
 import logging
-import math
-import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any
 
-import safetensors.torch
 import torch
 
-from checkpointing.digest import checkpoint_digest, describe
 from checkpointing.group import Group
 from checkpointing.history import Checkpoint, history
 from checkpointing.incarnation import Incarnation
-from storage.canonical import canonical_json, sha256_hex
-from storage.errors import FencedError, RangeFlowError
+from checkpointing.layout import Spec, share, specs_of
+from checkpointing.snapshot import Arena, Snapshot
+from checkpointing.write import Around, Job, write
 from storage.store import Store
 
 logger = logging.getLogger(__name__)
-
-FORMAT = 1
-OBJECT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +46,198 @@ class TrainingState:
     extra: Mapping[str, Any]
 
 
+class Saver:
+    """Saves one run's state, the same on every rank; only rank 0 has an `incarnation`.
+
+    `group` must not be used by anybody else meanwhile. Every rank makes the same calls in the same
+    order. With one arena a second `begin` waits for the end of the first save. `before_commit` and
+    `after_commit` are called on the writing thread of rank 0, the first when everything is
+    uploaded, the second with the checkpoint.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        incarnation: Incarnation | None,
+        group: Group,
+        *,
+        parent: int | None = None,
+        arenas: int = 2,
+        announce: Callable[[str], None] = lambda phase: None,
+        before_commit: Callable[[], None] = lambda: None,
+        after_commit: Callable[[Checkpoint], None] = lambda checkpoint: None,
+    ) -> None:
+        self._store = store
+        self._incarnation = incarnation
+        self._group = group
+        self._parent = parent
+        self._arenas = arenas
+        self._announce = announce
+        self._before_commit = before_commit
+        self._after_commit = after_commit
+        self._specs: dict[str, Spec] | None = None  # not known yet
+        self._free: list[Arena] = []
+        self._copier = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="save")
+        self._copying: list[Snapshot] = []
+        self._unhealthy = False
+        self._writes: list[tuple[Future[None], threading.Event]] = []
+        self._error: BaseException | None = None
+        self._outage = False
+        self.newest: Checkpoint | None = None
+        """The newest checkpoint that this saver has committed; on rank 0."""
+        self.newest_step: int | None = None
+        """Its step, on every rank."""
+        self.seconds_until_durable = 0.0
+        """How long it took from `begin`."""
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.give_up()
+        self._copier.shutdown()
+        self._writer.shutdown(cancel_futures=kind is not None)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight on this rank."""
+        return any(not future.done() for future, _ in self._writes)
+
+    @property
+    def broken(self) -> bool:
+        """Whether a save has ended the incarnation: `begin` and `finish` raise the reason."""
+        return self._error is not None
+
+    def prepare(self, state: TrainingState) -> None:
+        """Make memory for saves of such a state ready, beside training."""
+        arena = self._take_arena(state)
+        self._free.append(arena)
+        self._copier.submit(arena.make_ready)
+
+    def begin(
+        self,
+        state: TrainingState,
+        *,
+        step: int,
+        healthy: bool = True,
+        validation_loss: float | None = None,
+    ) -> None:
+        """Start to save the state after `step` steps. Its tensors may change after `wait_for_copy`.
+
+        Raises what an earlier save raised: FencedError, DivergenceError, or a defect.
+        """
+        self._raise_error()
+        arena = self._take_arena(state)
+        compare = self._group.size > 1
+        snapshot = Snapshot(arena, state.tensors, self._copier, compare=compare)
+        self._copying.append(snapshot)
+        job = Job(
+            step=step,
+            snapshot=snapshot,
+            specs=self._specs or {},
+            exact=dict(state.exact),
+            extra=dict(state.extra),
+            parent=self._parent,
+            healthy=healthy,
+            validation_loss=validation_loss,
+        )
+        self.give_up()
+        given_up = threading.Event()
+        self._writes = [pair for pair in self._writes if not pair[0].done()]
+        begun = time.monotonic()
+        self._writes.append((self._writer.submit(self._write, job, given_up, begun), given_up))
+
+    def wait_for_copy(self) -> None:
+        """Wait until the state may change; call before every update."""
+        while self._copying:
+            self._copying.pop(0).wait()
+
+    def give_up(self) -> None:
+        """A newer state waits: if the save in flight fails, do not try it again."""
+        for _, given_up in self._writes:
+            given_up.set()
+
+    def finish(self) -> int | None:
+        """Wait for the saves in flight; the newest step that this saver has committed.
+
+        A save that fails now is not tried again. Raises as `begin` does.
+        """
+        self.give_up()
+        self.wait_for_copy()
+        self._drain()
+        self._writes = []
+        self._raise_error()
+        return self.newest_step
+
+    def _write(self, job: Job, given_up: threading.Event, begun: float) -> None:
+        """One save, on the writing thread; its error is kept for the next call."""
+        try:
+            if self._error is not None:
+                return
+            around = Around(
+                announce=self._announce,
+                before_commit=self._before_commit,
+                failing=lambda reason: self._failing(job.step, reason),
+                give_up=given_up,
+            )
+            job = replace(job, healthy=job.healthy and not self._unhealthy)
+            index = write(self._store, self._incarnation, self._group, job, around)
+            self._unhealthy = index is None and not job.healthy  # what was given up still happened
+            if index is None:
+                return
+            self.newest_step = job.step
+            self.seconds_until_durable = time.monotonic() - begun
+            if self._incarnation is not None:
+                self._recovered(job.step)
+                committed = history(self._incarnation.records).checkpoints
+                self.newest = next(c for c in committed if c.index == index)
+                self._after_commit(self.newest)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._free.append(job.snapshot.arena)
+
+    def _take_arena(self, state: TrainingState) -> Arena:
+        """Memory for this state; a new layout, after the first step, needs new arenas."""
+        specs = specs_of(state.tensors)
+        if specs != self._specs:
+            self._drain()
+            self._specs = specs
+            objects = share(specs, self._group.rank, self._group.size)
+            pinned = any(tensor.is_cuda for tensor in state.tensors.values())
+            self._free = [Arena(objects, pinned=pinned) for _ in range(self._arenas)]
+        if not self._free:
+            self._writes[0][0].result()
+        return self._free.pop()
+
+    def _drain(self) -> None:
+        for future, _ in self._writes:
+            while not future.done():  # in short waits, between which signals are heard
+                concurrent.futures.wait([future], timeout=1.0)
+            future.result()
+
+    def _failing(self, step: int, reason: str) -> None:
+        """Tell the operator once; what follows until a save succeeds is the same outage."""
+        level = logging.DEBUG if self._outage else logging.WARNING
+        logger.log(level, "the save of step %d failed, and training goes on: %s", step, reason)
+        self._outage = True
+
+    def _recovered(self, step: int) -> None:
+        if self._outage:
+            logger.warning("saves succeed again, with step %d", step)
+        self._outage = False
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
 def save(
     store: Store,
     incarnation: Incarnation | None,
@@ -51,174 +245,16 @@ def save(
     state: TrainingState,
     *,
     step: int,
-    parent: int | None,
+    parent: int | None = None,
     healthy: bool = True,
     validation_loss: float | None = None,
     announce: Callable[[str], None] = lambda phase: None,
 ) -> Checkpoint | None:
-    """Save the state, the same on every rank; only rank 0 has an `incarnation`.
+    """Save and wait; the checkpoint on rank 0, None elsewhere or, with a warning, when it failed.
 
-    Returns the checkpoint on every rank, or None, with a warning, when the store failed on any
-    rank. Raises FencedError on every rank when a later incarnation owns the run.
+    Raises FencedError on every rank when a later incarnation owns the run.
     """
-    announce("save:begin")
-    attempt = _begin(incarnation, group, step)
-    receipt = _write_share(store, group, state, attempt, announce)
-    receipts = group.gather({**receipt, "step": step})
-    result: dict[str, Any] = {}
-    if incarnation is not None:
-        try:
-            manifest = _manifest(receipts, state, step=step, attempt=attempt, parent=parent)
-            if validation_loss is not None and not math.isfinite(validation_loss):
-                healthy, validation_loss = False, None
-            manifest |= {"healthy": healthy, "validation_loss": validation_loss}
-            checkpoint = _commit(store, incarnation, manifest, attempt, announce)
-            result = {"index": checkpoint.index}
-        except FencedError as error:
-            result = {"fenced": str(error)}
-        except RangeFlowError as error:
-            result = {"failed": str(error)}
-    result = group.broadcast(result)
-    if "fenced" in result:
-        raise FencedError(result["fenced"])
-    if "failed" in result:
-        logger.warning("the save of step %d failed: %s", step, result["failed"])
-        return None
-    announce("save:committed")
-    if incarnation is None:
-        return None
-    return checkpoint
-
-
-def _begin(incarnation: Incarnation | None, group: Group, step: int) -> str:
-    """The key prefix of this attempt, unique; nothing is written by a stale incarnation."""
-    start: dict[str, Any] = {}
-    if incarnation is not None:
-        try:
-            incarnation.check()
-            nonce = uuid.uuid4().hex[:12]
-            prefix = f"checkpoints/g{incarnation.generation:04d}/s{step:08d}-{nonce}"
-            start = {"prefix": prefix}
-        except FencedError as error:
-            start = {"fenced": str(error)}
-        except RangeFlowError as error:
-            start = {"prefix": "", "failed": str(error)}
-    start = group.broadcast(start)
-    if "fenced" in start:
-        raise FencedError(start["fenced"])
-    return str(start["prefix"])
-
-
-def _write_share(
-    store: Store,
-    group: Group,
-    state: TrainingState,
-    attempt: str,
-    announce: Callable[[str], None],
-) -> dict[str, Any]:
-    """Upload this rank's tensors; the receipt tells what was written, or why not."""
-    objects: dict[str, dict[str, Any]] = {}
-    tensors: dict[str, dict[str, Any]] = {}
-    if not attempt:
-        return {"error": "the log could not be read"}
-    try:
-        for part, names in enumerate(_parts(state.tensors, group.rank, group.size)):
-            key = f"{attempt}/r{group.rank:03d}-p{part:02d}.safetensors"
-            content = {name: _on_cpu(state.tensors[name]) for name in names}
-            data = safetensors.torch.save(content)
-            store.put(key, data)
-            objects[key] = {"size_bytes": len(data), "sha256": sha256_hex(data)}
-            for name, tensor in content.items():
-                tensors[name] = {**describe(tensor), "object": key}
-            announce("save:object")
-    except RangeFlowError as error:
-        return {"error": str(error)}
-    return {"objects": objects, "tensors": tensors}
-
-
-def _parts(tensors: Mapping[str, torch.Tensor], rank: int, size: int) -> Iterator[list[str]]:
-    """Names of this rank's tensors, in objects of at most 256 MB (or one tensor)."""
-    shares: list[list[str]] = [[] for _ in range(size)]
-    filled = [0] * size
-    for name in sorted(tensors, key=lambda n: (-tensors[n].nbytes, n)):
-        emptiest = filled.index(min(filled))
-        shares[emptiest].append(name)
-        filled[emptiest] += tensors[name].nbytes
-    part: list[str] = []
-    part_bytes = 0
-    for name in shares[rank]:
-        if part and part_bytes + tensors[name].nbytes > OBJECT_BYTES:
-            yield part
-            part, part_bytes = [], 0
-        part.append(name)
-        part_bytes += tensors[name].nbytes
-    if part:
-        yield part
-
-
-def _on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in CPU memory: tied tensors must not share memory in safetensors."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
-
-
-def _manifest(
-    receipts: Sequence[Mapping[str, Any]],
-    state: TrainingState,
-    *,
-    step: int,
-    attempt: str,
-    parent: int | None,
-) -> dict[str, Any]:
-    for rank, receipt in enumerate(receipts):
-        if "error" in receipt:
-            raise RangeFlowError(f"rank {rank}: {receipt['error']}")
-        if receipt["step"] != step:
-            raise RangeFlowError(f"rank {rank} saved step {receipt['step']}, expected {step}")
-    tensors = {name: entry for r in receipts for name, entry in r["tensors"].items()}
-    return {
-        "format": FORMAT,
-        "step": step,
-        "attempt": attempt,
-        "parent": parent,
-        "objects": {key: entry for r in receipts for key, entry in r["objects"].items()},
-        "tensors": tensors,
-        "exact": state.exact,
-        "extra": state.extra,
-        "digest": checkpoint_digest(tensors, state.exact),
-        "versions": {"torch": torch.__version__},
-    }
-
-
-def _commit(
-    store: Store,
-    incarnation: Incarnation,
-    manifest: Mapping[str, Any],
-    attempt: str,
-    announce: Callable[[str], None],
-) -> Checkpoint:
-    """Check that every object is there, write the manifest, append the COMMIT."""
-    announce("save:uploaded")
-    for key, entry in manifest["objects"].items():
-        try:
-            found = store.stat(key).size_bytes
-        except FileNotFoundError as error:
-            raise RangeFlowError(f"{key} is not in the store after its upload") from error
-        if found != entry["size_bytes"]:
-            raise RangeFlowError(f"{key} has {found} bytes, expected {entry['size_bytes']}")
-    key = f"{attempt}/manifest.json"
-    data = canonical_json(manifest)
-    store.put(key, data)
-    announce("save:manifest")
-    body = {
-        "step": manifest["step"],
-        "digest": manifest["digest"],
-        "manifest_key": key,
-        "manifest_sha256": sha256_hex(data),
-        "parent": manifest["parent"],
-        "healthy": manifest["healthy"],
-        "validation_loss": manifest["validation_loss"],
-    }
-    record = incarnation.append("COMMIT", lambda _: body)
-    assert record is not None, "a commit always drafts a record"
-    committed = history(incarnation.records).checkpoints
-    return next(c for c in committed if c.index == record.index)
+    with Saver(store, incarnation, group, parent=parent, announce=announce) as saver:
+        saver.begin(state, step=step, healthy=healthy, validation_loss=validation_loss)
+        saver.finish()
+        return saver.newest

@@ -5,6 +5,7 @@ Every field is of one of three kinds. *Identity* decides bits, and does not chan
 """
 
 import dataclasses
+import math
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 
+from checkpointing.retention import RetentionConfig
 from launch.presets import PRESETS
 from storage.commands import parse
 from storage.errors import ConfigurationError
@@ -49,8 +51,14 @@ class RunConfig:
     """NAME=URL[:WEIGHT] of a prepared source; none means the embedded corpus."""
     seed: int = 0
     """Decides initial weights, order of data, dropout and samples."""
-    keep_last: int = 3
-    """Checkpoints to keep besides the best and the pinned."""
+    save_interval: Literal["fixed", "auto"] = "fixed"
+    """`auto` chooses it from what saves cost and how often the run is preempted."""
+    save_interval_seconds: float = 0.0
+    """Seconds between saves, beside the interval in steps; 0 for none."""
+    local_tier: str = ""
+    """Folder of this host, best on a RAM disk, for more frequent snapshots; empty for none."""
+    wait_for_saves: bool = False
+    """Hold up training until each save is committed; needs half the memory."""
     take_over: bool = False
     """Fence an incarnation that is still alive."""
     accept_change: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -63,12 +71,18 @@ class RunConfig:
     batch: BatchConfig = field(default_factory=BatchConfig)
     numerics: NumericsConfig = field(default_factory=NumericsConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    retention: RetentionConfig = field(default_factory=RetentionConfig)
 
     def __post_init__(self) -> None:
-        if self.keep_last < 2:
+        if not 0.0 <= self.save_interval_seconds < math.inf:
             raise ConfigurationError(
-                "keep_last must be at least 2, because the newest checkpoint may turn out damaged; "
-                f"got {self.keep_last}"
+                "save_interval_seconds must be a number from 0, which turns it off; got "
+                f"{self.save_interval_seconds}"
+            )
+        if "://" in self.local_tier:
+            raise ConfigurationError(
+                f"local_tier must be a folder of this host, such as /dev/shm/rangeflow; got "
+                f"{self.local_tier!r}"
             )
         if not 0 <= self.seed < 2**63:
             raise ConfigurationError(f"seed must be from 0 to 2**63 - 1; got {self.seed}")
@@ -86,11 +100,15 @@ KINDS = {
     "run": "runtime",
     "preset": "runtime",
     "config": "runtime",
-    "keep_last": "runtime",
+    "save_interval": "runtime",
+    "save_interval_seconds": "runtime",
+    "wait_for_saves": "runtime",
+    "local_tier": "runtime",
     "take_over": "runtime",
     "accept_change": "runtime",
     "allow_unfenced_store": "runtime",
     "loop": "runtime",
+    "retention": "runtime",
 }
 """The kind of each field; that of a section holds for its fields that are not named themselves."""
 

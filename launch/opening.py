@@ -2,18 +2,16 @@
 
 import logging
 import time
-import uuid
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from checkpointing.history import History, history
 from checkpointing.incarnation import Incarnation, claim_run
-from checkpointing.naming import RUN_FORMAT, RUN_KEY, read_run
+from checkpointing.naming import RUN_KEY, create_run, read_run
 from launch.config import FIXED, RunConfig, fields_of_kind
 from launch.phase import Phase
 from launch.world import World, fingerprint
-from storage.canonical import canonical_json
-from storage.errors import ConfigurationError
+from storage.errors import ConfigurationError, StoreRefusedError
 from storage.log import Log
 from storage.probe import probe
 from storage.store import Store
@@ -39,7 +37,10 @@ def open_run(store: Store, config: RunConfig, world: World, announce: Phase) -> 
     owner: list[Incarnation] = []
 
     def work() -> int:
-        incarnation = _open(store, config, world, announce)
+        try:
+            incarnation = _open(store, config, world, announce)
+        except StoreRefusedError as error:  # at the start, no restart helps
+            raise ConfigurationError(str(error)) from error
         if incarnation is None:
             return 0
         owner.append(incarnation)
@@ -59,7 +60,10 @@ def _open(store: Store, config: RunConfig, world: World, announce: Phase) -> Inc
     if run is None:
         if not config.allow_unfenced_store:
             probe(store)
-        run = _create_run(store, config)
+        if store.url.startswith("memory://"):
+            logger.warning("%s is this process's memory: nothing remains of the run", store.url)
+        create_run(store, fields_of_kind(config, "identity"))
+        run = read_run(store)
     log = Log(store)
     past = history(log.refresh())
     changes = _accepted_changes(run, past, config)
@@ -77,6 +81,7 @@ def _open(store: Store, config: RunConfig, world: World, announce: Phase) -> Inc
         "fingerprint": fingerprint(world.device),
         "schedule": fields_of_kind(config, "schedule"),
         "accepted_changes": changes,
+        "retention": asdict(config.retention),
     }
     _tell_what_changed(past, body)
     announce("claim")
@@ -99,21 +104,9 @@ def _existing_run(store: Store) -> dict[str, Any] | None:
     return read_run(store) if keys else None
 
 
-def _create_run(store: Store, config: RunConfig) -> dict[str, Any]:
-    run = {
-        "format": RUN_FORMAT,
-        "run": uuid.uuid4().hex,
-        "identity": fields_of_kind(config, "identity"),
-    }
-    store.put_if_absent(RUN_KEY, canonical_json(run))
-    return read_run(store)
-
-
 def _accepted_changes(run: dict[str, Any], past: History, config: RunConfig) -> dict[str, Any]:
     """Identity fields that differ and were accepted; others are refused by name."""
-    identity = dict(run["identity"])
-    for claim in past.claim_records:
-        identity |= claim.body["accepted_changes"]
+    identity = run["identity"] | past.accepted_changes()
     wanted = fields_of_kind(config, "identity")
     changed = {name: value for name, value in wanted.items() if identity.get(name) != value}
     accepted = {_full_name(name, wanted) for name in config.accept_change}

@@ -25,6 +25,11 @@ class Phase:
         """The phase and the step."""
         return self.name, self.step
 
+    def aside(self, phase: str) -> None:
+        """What another thread enters: the listener hears it, the program's place stays."""
+        if self._listener is not None:
+            self._listener(phase, self.step)
+
     def __call__(self, phase: str) -> None:
         self.name = phase
         if self._listener is not None:

@@ -1,33 +1,59 @@
-"""What the training loop is given: saves, metrics, and the answer to "must we stop?"."""
+"""What the training loop is given: saves, metrics, and what this process tells the others."""
 
 import logging
+import threading
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
+from checkpointing.asks import Inbox, Request
 from checkpointing.beats import Beats
-from checkpointing.history import history
+from checkpointing.history import Checkpoint, history
 from checkpointing.incarnation import Incarnation
-from checkpointing.retention import retire
-from checkpointing.save import save
-from data_service.batches import Batches
+from checkpointing.interval import (
+    MINIMUM_SECONDS,
+    PRIOR_SECONDS,
+    SaveCost,
+    interval_seconds,
+    mean_time_between_preemptions,
+)
+from checkpointing.naming import read_run
+from checkpointing.retention import RetentionConfig, retire
+from checkpointing.save import Saver, TrainingState
+from checkpointing.tier import (
+    adopt,
+    claim_tier,
+    clear_tier,
+    drop_old_records,
+    for_tier,
+    tier_store,
+)
 from launch.config import RunConfig
 from launch.notice import Notice
 from launch.phase import Phase
 from launch.world import World
 from storage.canonical import sha256_hex
-from storage.errors import StoreUnavailableError
+from storage.errors import ConfigurationError, FencedError, StoreUnavailableError
 from storage.store import Store
-from trainer.loop import Surroundings
+from trainer.loop import LoopConfig, Surroundings
 from trainer.metrics import Metrics
-from trainer.state import capture
-from trainer.step import TrainStep
+from trainer.step import Flags
 
 logger = logging.getLogger(__name__)
 
 
 class Keeper:
-    """Keeps a run's checkpoints and curves. Only rank 0 has an incarnation and metrics."""
+    """Keeps a run's checkpoints and curves. Only rank 0 has an incarnation and metrics.
+
+    `capture` gives the state after so many finished steps, which must be those of now.
+
+    Rows reach the curves before every commit, and with every heartbeat, both on other threads than
+    the loop's, so that a store that hangs does not hold up training.
+    """
 
     def __init__(
         self,
@@ -36,63 +62,263 @@ class Keeper:
         store: Store,
         incarnation: Incarnation | None,
         metrics: Metrics | None,
-        training: TrainStep,
-        batches: Batches,
+        capture: Callable[[int], TrainingState],
         phase: Phase,
         parent: int | None,
+        tier: "Tier | None" = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
         self._world = world
         self._store = store
         self._incarnation = incarnation
         self._metrics = metrics
-        self._training = training
-        self._batches = batches
+        self._capture = capture
         self._phase = phase
-        self._parent = parent
+        self._clock = clock
+        self._last_save = clock()
+        self._put_off = 0
+        self._curves_wait = False
+        self._left_over = False
+        self._tokens_in_step = config.batch.global_batch_size * config.model.context
+        self._cost = SaveCost()
+        self._begun = False
+        self._prepared = False
+        self._mean_seconds = PRIOR_SECONDS
+        self._inbox = Inbox(store)
+        self._asked: list[Request] = []
+        self._told: list[Request] = []
+        self._answering: list[Request] = []
+        self._lock = threading.Lock()
+        self._past = history(incarnation.records if incarnation is not None else ())
+        self._saver = Saver(
+            store,
+            incarnation,
+            world.another(),
+            parent=parent,
+            arenas=2 if tier is None else 1,
+            announce=phase.aside,
+            before_commit=self.flush,
+            after_commit=self._committed,
+        )
+        self._tier = tier
+        self._local: Saver | None = None
+        if tier is not None:
+            self._local = Saver(
+                tier.store,
+                tier.owner,
+                world.another(),
+                arenas=1,
+                before_commit=self.flush,
+                after_commit=lambda _: tier.retire(),
+            )
+
+    def __enter__(self) -> "Keeper":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._saver.__exit__(kind, error, traceback)
+        if self._local is not None:
+            self._local.__exit__(kind, error, traceback)
 
     def record(self, row: dict[str, Any]) -> None:
-        """Remember the row of a step until the next flush."""
+        """Remember the row of a step until the next flush, and what it cost."""
+        if row.get("tokens_per_second"):
+            seconds = self._tokens_in_step / row["tokens_per_second"]
+            self._cost.step(seconds, saving=self._begun or self._saver.busy)
+        self._begun = False
+        if not self._prepared:
+            self._prepared = True
+            self._saver.prepare(self._capture(row["step"]))
         if self._metrics is not None:
             self._metrics.add(row)
 
+    def beat(self) -> None:
+        """What is done with every heartbeat: curves are written, requests looked for."""
+        self.flush()
+        found = self._inbox.pending()
+        with self._lock:
+            answering = {request.key for request in self._answering}
+            self._asked = [request for request in found if request.key not in answering]
+
     def flush(self) -> None:
-        """Write the rows so far, unless a later incarnation owns the run (FencedError)."""
-        if self._incarnation is not None and self._metrics is not None:
-            self._incarnation.check()
+        """Write the rows so far. Only while the incarnation is known to own the run."""
+        if self._metrics is None:
+            return
+        try:
             self._metrics.flush()
+            self._curves_wait = False
+        except StoreUnavailableError as error:
+            level = logging.DEBUG if self._curves_wait else logging.WARNING
+            logger.log(level, "the curves wait for a later time: %s", error)
+            self._curves_wait = True
 
-    def save(self, step: int, validation_loss: float | None, healthy: bool) -> bool:
-        """Flush, save, and retire what is old; whether the checkpoint was committed."""
-        self._world.on_rank_0(self.flush)
-        seed, batches = self._config.seed, self._batches
-        checkpoint = save(
-            self._store,
-            self._incarnation,
-            self._world,
-            capture(self._training, step=step, batches=batches, seed=seed),
-            step=step,
-            parent=self._parent,
-            healthy=healthy,
-            validation_loss=validation_loss,
-            announce=self._phase,
+    def flags(self) -> Flags:
+        """What this process tells the others; rank 0 has the clock and the requests."""
+        interval = self._interval_seconds()
+        with self._lock:
+            self._told = list(self._asked)
+            asked = {request.kind for request in self._told}
+        due = interval > 0 and self._clock() - self._last_save >= interval
+        local = self._local
+        return Flags(
+            stop="stop" in asked or self._saver.broken,
+            saving=self._saver.busy,
+            saving_locally=local is not None and local.busy,
+            save_due=self._incarnation is not None and (due or "save" in asked),
         )
-        if self._incarnation is not None and checkpoint is not None:
-            logger.info("step %d is saved, digest %s", step, checkpoint.digest[:12])
-            self._retire()
-        return bool(self._world.broadcast(checkpoint is not None))
 
-    def _retire(self) -> None:
-        assert self._incarnation is not None
+    def save(self, step: int, *, validation_loss: float | None, healthy: bool, wait: bool) -> bool:
+        """Begin to save; wait for the end of it if asked to, here or by the configuration."""
+        self._last_save = self._clock()
+        self._begun = True
+        with self._lock:
+            self._answering += self._told  # not what was asked since: nobody has acted on that
+            self._asked = [request for request in self._asked if request not in self._told]
+            self._told = []
+        state = self._capture(step)
+        self._saver.begin(state, step=step, healthy=healthy, validation_loss=validation_loss)
+        if wait or self._config.wait_for_saves:
+            return self._saver.finish() == step
+        return True
+
+    def save_locally(self, step: int, healthy: bool) -> None:
+        """Begin a snapshot to the local tier, if there is one."""
+        if self._local is None:
+            return
+        state = self._capture(step)
+        if self._incarnation is not None:
+            state = for_tier(state, self._past)
+        try:
+            self._local.begin(state, step=step, healthy=healthy)
+        except FencedError:
+            logger.warning("another process has taken the local tier: no more local snapshots here")
+            self._local.__exit__(None, None, None)
+            self._local = None
+
+    def forget_tier(self) -> None:
+        """Remove what the local tier holds, once the run is complete."""
+        if self._local is not None and self._tier is not None:
+            self._local.__exit__(None, None, None)
+            self._tier.clear()
+
+    def put_off(self, step: int) -> None:
+        """A save is due and another in flight: that one is not tried again if it fails."""
+        self._put_off += 1
+        self._saver.give_up()
+
+    def wait_for_copy(self) -> None:
+        """Wait until the state may change."""
+        self._saver.wait_for_copy()
+        if self._local is not None:
+            self._local.wait_for_copy()
+
+    def _interval_seconds(self) -> float:
+        if self._config.save_interval == "fixed":
+            return self._config.save_interval_seconds
+        return interval_seconds(
+            self._cost.seconds,
+            self._mean_seconds,
+            minimum_seconds=max(MINIMUM_SECONDS, self._saver.seconds_until_durable),
+        )
+
+    def _committed(self, checkpoint: Checkpoint) -> None:
+        """Tell, and retire what is old; on the saving thread of rank 0."""
+        put_off = f"; {self._put_off} saves put off so far" if self._put_off else ""
+        logger.info(
+            "step %d is saved, digest %s%s", checkpoint.step, checkpoint.digest[:12], put_off
+        )
+        incarnation = self._incarnation
+        assert incarnation is not None, "rank 0 commits"
         try:
             retire(
                 self._store,
-                self._incarnation,
-                keep_last=self._config.keep_last,
-                announce=self._phase,
+                incarnation,
+                self._config.retention,
+                announce=self._phase.aside,
             )
+            incarnation.shorten(lambda: self._store.list("checkpoints/"))
+            with self._lock:
+                answered, self._answering = self._answering, []
+            for request in answered:
+                self._inbox.answered(request)
+            self._left_over = False
         except StoreUnavailableError as error:
-            logger.warning("old checkpoints were not retired: %s", error)
+            # Once is the beginning of an outage, of which the next save tells.
+            level = logging.WARNING if self._left_over else logging.INFO
+            what = "step %d is saved, and not all that follows: %s"
+            logger.log(level, what, checkpoint.step, error)
+            self._left_over = True
+        except FencedError:
+            return  # the next save says so, on all ranks together
+        self._past = history(incarnation.records)
+        self._mean_seconds = mean_time_between_preemptions(self._past, time.time())
+
+
+def loop_config(config: RunConfig) -> LoopConfig:
+    """The loop's; an interval that chooses itself takes the place of the one in steps."""
+    if config.save_interval == "fixed":
+        return config.loop
+    return replace(config.loop, save_interval_steps=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tier:
+    """The local tier of this host; only rank 0 owns it."""
+
+    store: Store
+    owner: Incarnation | None
+
+    def retire(self) -> None:
+        """Keep the newest snapshots."""
+        assert self.owner is not None, "rank 0 commits"
+        try:
+            retire(self.store, self.owner, RetentionConfig(keep_last=2))
+            if self.owner.shorten(lambda: self.store.list("checkpoints/")):
+                drop_old_records(self.store)
+        except StoreUnavailableError as error:
+            logger.warning("old local snapshots stay for now: %s", error)
+
+    def clear(self) -> None:
+        """Remove everything. For rank 0."""
+        try:
+            clear_tier(self.store)
+        except StoreUnavailableError as error:
+            logger.warning("the local tier was not removed: %s", error)
+
+
+def open_tier(
+    config: RunConfig, world: World, store: Store, owner: Incarnation | None
+) -> Tier | None:
+    """The local tier, if one is asked for; what it holds of the run is first committed to it."""
+    if not config.local_tier:
+        return None
+    if not world.one_host:
+        raise ConfigurationError(
+            "--local_tier works for the processes of one host; this run has several. Leave it out"
+        )
+    run = world.on_rank_0(lambda: read_run(store)["run"])
+    tier = tier_store(config.local_tier, run, store)
+    mine: list[Incarnation] = []
+
+    def work() -> bool:
+        assert owner is not None, "rank 0 owns the run"
+        try:
+            adopt(tier, store, owner)
+            mine.append(claim_tier(tier, owner))
+        except StoreUnavailableError as error:
+            logger.warning("no local snapshots in this start: %s", error)
+            return False
+        return True
+
+    if not world.on_rank_0(work):
+        return None
+    return Tier(store=tier, owner=mine[0] if mine else None)
 
 
 def surroundings(
@@ -100,8 +326,10 @@ def surroundings(
 ) -> Surroundings:
     """The loop's view of this process. A fenced process stops as one that got a notice."""
 
-    def stop_requested() -> bool:
-        return notice.requested() or (beats is not None and beats.fenced)
+    def flags() -> Flags:
+        told = keeper.flags()
+        stop = told.stop or notice.requested() or (beats is not None and beats.fenced)
+        return replace(told, stop=stop)
 
     return Surroundings(
         rank=world.rank,
@@ -109,10 +337,12 @@ def surroundings(
         device=world.device,
         gather=world.gather,
         announce=phase,
-        stop_requested=stop_requested,
+        flags=flags,
         record=keeper.record,
-        flush=keeper.flush,
         save=keeper.save,
+        put_off=keeper.put_off,
+        save_locally=keeper.save_locally,
+        wait_for_copy=keeper.wait_for_copy,
     )
 
 

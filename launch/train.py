@@ -8,6 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,11 +54,18 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
     from launch.data import open_batches
     from launch.logs import set_up_logging
     from launch.opening import open_run
-    from launch.running import Keeper, finish, open_metrics, surroundings
+    from launch.running import (
+        Keeper,
+        finish,
+        loop_config,
+        open_metrics,
+        open_tier,
+        surroundings,
+    )
     from launch.world import joined_world
     from storage.store import open_store
     from trainer.loop import Loop
-    from trainer.state import restore_state, resume_position
+    from trainer.state import capture, restore_state, resume_position
 
     with ExitStack() as stack:
         world = stack.enter_context(joined_world())
@@ -76,6 +84,7 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
         batches = open_batches(config, world, owner, phase)
         training = build_training(config, world, batches)
 
+        tier = open_tier(config, world, store, owner)
         step, position, parent = 0, 0, None
         loaded = restore(store, owner, world, announce=phase)
         if loaded is not None:
@@ -90,7 +99,11 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
             sweep(store, owner)
 
         metrics = open_metrics(config, store, owner, step, stack) if owner else None
-        keeper = Keeper(config, world, store, owner, metrics, training, batches, phase, parent)
+        now = partial(capture, training, batches=batches, seed=config.seed)
+        keeper = Keeper(config, world, store, owner, metrics, now, phase, parent, tier)
+        stack.enter_context(keeper)
+        if beats is not None:
+            beats.afterwards = keeper.beat
         mine = config.batch.rows_of(world.rank, world.size)
         rows = Loader(batches, [(mine.start, mine.stop)], start_step=position)
         stack.enter_context(rows)
@@ -100,7 +113,7 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
             batches,
             rows,
             surroundings(world, keeper, notice, phase, beats),
-            config.loop,
+            loop_config(config),
             seed=config.seed,
             max_steps=config.schedule.max_steps,
         )
@@ -108,6 +121,7 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
             return START_AGAIN
         if owner is not None:
             finish(owner)
+            keeper.forget_tier()
         return COMPLETE
 
 

@@ -23,12 +23,19 @@ class World:
     Values travel as JSON over gloo, beside the training collectives.
     """
 
-    def __init__(self, rank: int, size: int, device: torch.device, job: str) -> None:
+    def __init__(
+        self, rank: int, size: int, device: torch.device, job: str, *, one_host: bool = True
+    ) -> None:
+        self.one_host = one_host
         self.rank = rank
         self.size = size
         self.device = device
         self.job = job
         self._control = dist.new_group(backend="gloo", timeout=TIMEOUT) if size > 1 else None
+
+    def another(self) -> "World":
+        """The same processes on a channel of its own, for use by another thread of each."""
+        return World(self.rank, self.size, self.device, self.job, one_host=self.one_host)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, by rank, to every process."""
@@ -51,6 +58,11 @@ class World:
     def broadcast(self, value: Any) -> Any:
         """The value of rank 0, to every process."""
         return self.gather(value if self.rank == 0 else None)[0]
+
+    def share(self, place: torch.Tensor, source: int) -> None:
+        """Fill `place`, uint8 in CPU memory, on every process with what `source` has in its own."""
+        if self._control is not None:
+            dist.broadcast(place, src=source, group=self._control)
 
     def on_rank_0(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on rank 0, as JSON, on every process; its error is raised on each."""
@@ -84,7 +96,8 @@ def joined_world() -> Iterator[World]:
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT)
     try:
-        yield World(rank, size, device, job)
+        one_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == size
+        yield World(rank, size, device, job, one_host=one_host)
     finally:
         if size > 1:
             dist.destroy_process_group()

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import torch
+
 Result = TypeVar("Result")
 
 
@@ -26,6 +28,9 @@ class ThreadGroup:
 
     def broadcast(self, value: Any) -> Any:
         return self.gather(value)[0]
+
+    def share(self, place: torch.Tensor, source: int) -> None:
+        place.copy_(self.gather(place.clone())[source])
 
 
 def on_ranks(size: int, work: Callable[[ThreadGroup], Result]) -> list[Result | Exception]:

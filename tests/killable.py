@@ -9,6 +9,7 @@ writes `pid step` to FIFO and sends itself SIGSTOP. CONTROL names a negative con
 import os
 import signal
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -21,8 +22,13 @@ from launch.train import main
 def run(fifo: str, stops: str, control: str, arguments: list[str]) -> int:
     waiting = [(phase, int(n)) for phase, _, n in (s.partition("=") for s in stops.split(",") if s)]
     entered = 0
+    one_at_a_time = threading.Lock()  # threads that save announce their phases, too
 
     def listener(name: str, step: int) -> None:
+        with one_at_a_time:
+            listen(name, step)
+
+    def listen(name: str, step: int) -> None:
         nonlocal entered
         if os.environ.get("RANK", "0") != "0" or not waiting or name != waiting[0][0]:
             return
@@ -33,7 +39,8 @@ def run(fifo: str, stops: str, control: str, arguments: list[str]) -> int:
         del waiting[0]
         with open(fifo, "w") as file:
             file.write(f"{os.getpid()} {step}\n")
-        os.kill(os.getpid(), signal.SIGSTOP)
+        # To this thread, which then goes no further; the rest of the process stops with it.
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
     if control == "none":
         context = nullcontext()

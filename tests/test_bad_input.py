@@ -27,6 +27,7 @@ SHAPE = (
     "--eval_interval_steps=0",
     "--sample_interval_steps=0",
     "--save_interval_steps=2",
+    "--wait_for_saves",
     "--n_embd=32",
     "--context=16",
     "--global_batch_size=8",
@@ -182,7 +183,7 @@ def test_a_wrong_data_flag(
         (("--warmup_steps=-1",), "warmup_steps cannot be negative; got -1"),
         (("--beta2=1",), "optimizer.beta1 and beta2 must be in [0, 1); got 0.9, 1.0"),
         (("--clip_norm=-1",), "optimizer.clip_norm must be positive, or 0 for no clipping"),
-        (("--cpu_threads=0",), "cpu_threads must be at least 1; got 0"),
+        (("--cpu_threads=0",), "cpu_threads must be from 1 to 1024; got 0"),
         (("--save_interval_steps=-1",), "an interval cannot be negative; got -1"),
         (("--eval_windows=0",), "eval_windows, eval_micro_batch_size and log_interval_steps must"),
         (("--sample_temperature=-1",), "sample_temperature must be a number from 0; got -1.0"),
@@ -227,8 +228,8 @@ def test_an_accepted_change_of_identity_goes_on_and_is_not_asked_for_again(
     assert "model.dropout changes from 0.0 to 0.25: exact up to here" in capsys.readouterr().err
     assert train_here(*changed) == 0
     past = history(Log(open_store(str(refused.run))).refresh())
-    recorded = [claim.body["accepted_changes"] for claim in past.claim_records]
-    assert recorded == [{}, {"model.dropout": 0.25}, {}]
+    assert [fields for _, fields in past.changes] == [{"model.dropout": 0.25}]
+    assert len(past.lifespans) == 3
     assert [step for step, _ in curve(refused.run)] == [1, 2, 3, 4, 5, 6]
 
 
@@ -381,8 +382,8 @@ def test_a_folder_that_may_not_be_written(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr(os, "link", denied)
-    message = refused(75, f"--data=a={source}")
-    assert message.endswith(": Permission denied")
+    message = refused(78, f"--data=a={source}")
+    assert ": Permission denied. Give this user the permission to read and write there" in message
 
 
 PLACES = [("claim", 1), ("save:begin", 2), ("save:manifest", 1)]

@@ -57,6 +57,40 @@ def test_a_fenced_owner_learns_it_and_beats_no_more(tmp_path: Path) -> None:
     assert read_beat(store, 3) == {}
 
 
+def test_what_comes_afterwards_comes_only_after_a_beat_of_the_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after a check that failed, nor once fenced, nor after the last beat, when it is over."""
+    monkeypatch.setattr(beats, "BEAT_SECONDS", 0.001)
+    answers = iter([StoreUnavailableError("network"), None, FencedError("generation 3 is fenced")])
+
+    def check() -> None:
+        answer = next(answers)
+        if answer is not None:
+            raise answer
+
+    called: list[int] = []
+    store = LocalStore(tmp_path)
+    running = Beats(store, Owner(check), lambda: ("step", 1))
+    running.afterwards = lambda: called.append(read_beat(store, 3)["count"])
+    with running:
+        running._thread.join(30)
+    assert running.fenced
+    assert called == [1]
+
+
+def test_nothing_comes_after_the_last_beat(tmp_path: Path) -> None:
+    store = Signalling(tmp_path)
+    called = threading.Event()
+    running = Beats(store, Owner(lambda: None), lambda: ("step", 1))
+    running.afterwards = called.set
+    with running:
+        assert called.wait(30)
+        called.clear()
+    assert read_beat(store, 3)["left"] is True
+    assert not called.is_set()
+
+
 def test_a_store_that_fails_stops_no_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beats, "BEAT_SECONDS", 0.001)
     store = Signalling(tmp_path)

@@ -76,7 +76,7 @@ def test_the_short_names_of_the_contract_are_flags() -> None:
         *("--save_interval_steps=4", "--keep_last=5", "--virtual_ranks=2", "--seed=6"),
     )
     config = parse_config(contract)
-    assert (config.run, config.keep_last, config.seed) == ("r", 5, 6)
+    assert (config.run, config.retention.keep_last, config.seed) == ("r", 5, 6)
     assert config.schedule.learning_rate == 0.1
     assert config.loop.save_interval_steps == 4
 
@@ -104,7 +104,10 @@ def test_each_field_is_of_exactly_one_kind() -> None:
         ("identity", {"seed", "model.dropout", "batch.virtual_ranks", "numerics.precision"}),
         ("identity", {"optimizer.beta1", "numerics.cpu_threads", "loop.eval_micro_batch_size"}),
         ("schedule", {"data", "schedule.max_steps", "schedule.learning_rate"}),
-        ("runtime", {"run", "keep_last", "loop.save_interval_steps", "loop.eval_windows"}),
+        (
+            "runtime",
+            {"run", "retention.keep_last", "loop.save_interval_steps", "loop.eval_windows"},
+        ),
     ],
 )
 def test_kinds_are_those_of_the_design(kind: str, names: set[str]) -> None:

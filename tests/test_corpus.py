@@ -60,6 +60,7 @@ def test_gpt2_tokens_of_shakespeare_mixed_with_python_are_learnt_and_killed_on_t
         "--eval_interval_steps=240",
         "--sample_interval_steps=0",
         "--save_interval_steps=20",
+        "--wait_for_saves",
         "--log_interval_steps=10",
     )
     train_until_killed(*arguments, phase="reduce", nth=25)

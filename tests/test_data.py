@@ -27,6 +27,7 @@ SHAPE = (
     "--eval_interval_steps=0",
     "--sample_interval_steps=0",
     "--save_interval_steps=2",
+    "--wait_for_saves",
     "--n_embd=32",
     "--context=16",
     "--global_batch_size=8",

@@ -1,10 +1,24 @@
 import hashlib
+from typing import Any
 
 import pytest
 import torch
 
 from checkpointing import digest
-from checkpointing.digest import checkpoint_digest, chunk_digests, describe, dtype_named
+from checkpointing.digest import checkpoint_digest, chunk_digests, dtype_named
+from checkpointing.layout import specs_of
+from checkpointing.snapshot import flat_bytes
+
+
+def chunks(tensor: torch.Tensor) -> list[str]:
+    return chunk_digests(memoryview(flat_bytes(tensor).numpy()))  # type: ignore[arg-type]
+
+
+def describe(tensor: torch.Tensor) -> dict[str, Any]:
+    """A tensor's entry in a manifest."""
+    [spec] = specs_of({"t": tensor}).values()
+    return {"dtype": spec.dtype, "shape": list(spec.shape), "chunks": chunks(tensor)}
+
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool]
 
@@ -27,7 +41,7 @@ def test_chunks_are_16_mib_and_the_last_is_shorter(monkeypatch: pytest.MonkeyPat
     tensor = torch.arange(5, dtype=torch.float32)
     raw = tensor.numpy().tobytes()
     expected = [hashlib.sha256(raw[i : i + 8]).hexdigest() for i in (0, 8, 16)]
-    assert chunk_digests(tensor) == expected
+    assert chunks(tensor) == expected
 
 
 def test_a_view_that_is_not_contiguous_has_the_digest_of_its_values() -> None:

@@ -12,6 +12,7 @@ SHAPE = (
     "--eval_interval_steps=0",
     "--sample_interval_steps=0",
     "--save_interval_steps=2",
+    "--wait_for_saves",
     "--log_interval_steps=1",
     "--keep_last=2",
     "--n_embd=32",

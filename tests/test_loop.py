@@ -23,10 +23,10 @@ from trainer.loop import Loop, LoopConfig, Surroundings, held_out
 from trainer.model import ModelConfig
 from trainer.sample import sample
 from trainer.schedule import ScheduleConfig
-from trainer.step import BatchConfig, TrainStep
+from trainer.step import BatchConfig, Flags, TrainStep
 
 CPU = torch.device("cpu")
-STEP = ["step", "micro_batch", "reduce", "update:before", "update:after"]
+STEP = ["step", "micro_batch", "reduce", "update:before", "wait_for_copy", "update:after"]
 NEVER = {
     "eval_interval_steps": 0,
     "sample_interval_steps": 0,
@@ -57,6 +57,8 @@ class Recorder:
         batches: Batches,
         *,
         save: Callable[[int], bool] = lambda step: True,
+        saving: Callable[[int], bool] = lambda step: False,
+        save_due: Callable[[int], bool] = lambda step: False,
         stop_at: int = 10**9,
         rank: int = 0,
     ) -> None:
@@ -64,11 +66,14 @@ class Recorder:
         """(finished steps, what)"""
         self.rows: list[dict[str, Any]] = []
         self.saves: list[tuple[int, float | None, bool]] = []
+        self.waits: list[bool] = []
         self.positions: list[int] = []
         self.fenced = False
         self.training = training
         self._batches = batches
         self._save = save
+        self._saving = saving
+        self._save_due = save_due
         self._stop_at = stop_at
         self._rank = rank
         self._phase = Phase(lambda phase, step: self.events.append((step, phase)))
@@ -84,10 +89,12 @@ class Recorder:
             device=CPU,
             gather=lambda value: [value],
             announce=self._phase,
-            stop_requested=lambda: self._phase.step + 1 >= self._stop_at,
+            flags=self._flags,
             record=self._record,
-            flush=self._flush,
             save=self._keep,
+            put_off=lambda step: self._phase("put_off"),
+            save_locally=lambda step, healthy: self._phase("save_locally"),
+            wait_for_copy=lambda: self._phase("wait_for_copy"),
         )
         options = NEVER | {"sample_tokens": 3, "eval_windows": 4} | config
         return Loop(
@@ -107,14 +114,18 @@ class Recorder:
         self._phase("record")
         self.rows.append(row)
 
-    def _flush(self) -> None:
+    def _flags(self) -> Flags:
+        step = self._phase.step + 1
+        return Flags(
+            stop=step >= self._stop_at, saving=self._saving(step), save_due=self._save_due(step)
+        )
+
+    def _keep(self, step: int, *, validation_loss: float | None, healthy: bool, wait: bool) -> bool:
         if self.fenced:
             raise FencedError("a later incarnation owns the run")
-        self._phase("flush")
-
-    def _keep(self, step: int, validation_loss: float | None, healthy: bool) -> bool:
         self._phase("save")
         self.saves.append((step, validation_loss, healthy))
+        self.waits.append(wait)
         return self._save(step)
 
 
@@ -142,7 +153,7 @@ def test_after_a_step_come_evaluation_samples_metrics_and_save(batches: Batches)
         log_interval_steps=1,
     )
     assert loop.run(0, 0)
-    after = ["evaluate", "sample", "record", "flush", "save"]
+    after = ["evaluate", "sample", "record", "save"]
     assert recorded.events == [
         *[(0, phase) for phase in STEP],
         *[(1, phase) for phase in after],
@@ -163,7 +174,6 @@ def test_each_happens_at_its_interval_and_at_the_end(batches: Batches) -> None:
     assert loop.run(0, 0)
     assert recorded.steps_of("evaluate") == [4, 8, 12, 13]
     assert recorded.steps_of("sample") == [6, 12, 13]
-    assert recorded.steps_of("flush") == [3, 6, 9, 12, 13]
     assert recorded.steps_of("save") == [5, 10, 13]
     assert [row["step"] for row in recorded.rows] == list(range(1, 14))
     assert [row["step"] for row in recorded.rows if "validation_loss" in row] == [4, 8, 12, 13]
@@ -308,6 +318,63 @@ def test_a_save_that_fails_where_the_run_is_asked_to_stop_is_an_error(batches: B
         recorded.loop(4).run(0, 0)
 
 
+def test_only_the_last_step_waits_for_its_save(batches: Batches) -> None:
+    recorded = recorder(batches)
+    assert recorded.loop(5, save_interval_steps=2).run(0, 0)
+    assert recorded.steps_of("save") == [2, 4, 5]
+    assert recorded.waits == [False, False, True]
+
+
+def test_a_save_due_while_one_is_in_flight_is_made_once_at_the_first_step_after(
+    batches: Batches,
+) -> None:
+    """In flight in steps 3 to 7: what is due at 4 and 6 is one save, at step 8."""
+    recorded = recorder(batches, saving=lambda step: 3 <= step <= 7)
+    assert recorded.loop(11, save_interval_steps=2).run(0, 0)
+    assert recorded.steps_of("put_off") == [4]
+    assert recorded.steps_of("save") == [2, 8, 10, 11]
+
+
+def test_a_save_put_off_is_made_though_none_is_due_then(batches: Batches) -> None:
+    recorded = recorder(batches, saving=lambda step: step in (4, 8))
+    assert recorded.loop(10, save_interval_steps=4).run(0, 0)
+    assert recorded.steps_of("put_off") == [4, 8]
+    assert recorded.steps_of("save") == [5, 9, 10]
+
+
+@pytest.mark.parametrize("stop_at", [3, 10**9])
+def test_where_the_loop_ends_a_save_in_flight_puts_nothing_off(
+    stop_at: int, batches: Batches
+) -> None:
+    recorded = recorder(batches, saving=lambda step: True, stop_at=stop_at)
+    assert recorded.loop(5).run(0, 0) == (stop_at > 5)
+    assert recorded.steps_of("put_off") == []
+    assert [step for step, _, _ in recorded.saves] == [min(5, stop_at)]
+    assert recorded.waits == [True]
+
+
+def test_a_save_put_off_is_not_made_again_where_the_run_is_asked_to_stop(batches: Batches) -> None:
+    recorded = recorder(batches, saving=lambda step: step <= 3, stop_at=3)
+    assert not recorded.loop(9, save_interval_steps=2).run(0, 0)
+    assert recorded.steps_of("put_off") == [2]
+    assert recorded.steps_of("save") == [3]
+
+
+def test_a_save_due_by_the_clock_of_any_process_is_made(batches: Batches) -> None:
+    recorded = recorder(batches, save_due=lambda step: step in (2, 3, 5), saving=lambda s: s == 5)
+    assert recorded.loop(7).run(0, 0)
+    assert recorded.steps_of("put_off") == [5]
+    assert recorded.steps_of("save") == [2, 3, 6, 7]
+
+
+def test_a_save_put_off_over_a_loss_that_is_not_finite_is_not_called_healthy(
+    batches: Batches,
+) -> None:
+    recorded = poisoned(batches, {3}, saving=lambda step: step in (2, 3))
+    assert recorded.loop(6, save_interval_steps=2).run(0, 0)
+    assert recorded.saves == [(4, None, False), (6, None, True)]
+
+
 def test_a_request_to_stop_saves_the_step_and_ends(batches: Batches) -> None:
     recorded = recorder(batches, stop_at=2)
     assert not recorded.loop(9).run(0, 0)
@@ -327,7 +394,7 @@ def test_a_run_that_is_already_complete_does_nothing(batches: Batches) -> None:
     assert recorded.events == []
 
 
-def test_a_fenced_run_ends_at_the_next_flush(batches: Batches) -> None:
+def test_a_fenced_run_ends_at_the_next_save(batches: Batches) -> None:
     recorded = recorder(batches)
     recorded.fenced = True
     with pytest.raises(FencedError, match="a later incarnation owns the run"):

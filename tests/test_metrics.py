@@ -5,6 +5,7 @@ import math
 import resource
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -246,17 +247,37 @@ def test_a_disk_that_refuses_a_flush_is_an_error_of_the_store(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("most_bytes", [200, 500, 1000, 3000])
-def test_after_a_flush_that_failed_closing_writes_nothing(most_bytes: int, tmp_path: Path) -> None:
-    """Also when there is room again by then: what a half line is followed by would be lost."""
+def test_a_flush_that_failed_left_nothing_and_the_next_writes_all(
+    most_bytes: int, tmp_path: Path
+) -> None:
     refused = pytest.raises(StoreUnavailableError, match=r"^metrics: File too large$")
     with Metrics(tmp_path, generation=1, step=0) as metrics:
         add(metrics, 1, range(1, 200))
         with full_disk(most_bytes), refused:
             metrics.flush()
-        files = (tmp_path / "metrics.jsonl", events_file(tmp_path, 1))
-        left = [file.read_bytes() for file in files]
-    assert [file.read_bytes() for file in files] == left
-    assert max(map(len, left)) == most_bytes
+        assert (tmp_path / "metrics.jsonl").read_bytes() == b""
+        metrics.flush()
+    expected = expected_of((1, range(1, 200)))
+    assert curve_of_lines(tmp_path) == expected
+    assert curve_of_events(tmp_path) == expected
+
+
+def test_rows_added_while_another_thread_flushes_are_each_written_once(tmp_path: Path) -> None:
+    last = 3000
+    with Metrics(tmp_path, generation=1, step=0) as metrics, ThreadPoolExecutor(3) as pool:
+        adding = pool.submit(add, metrics, 1, range(1, last + 1))
+
+        def flush_meanwhile() -> None:
+            while not adding.done():
+                metrics.flush()
+
+        for flushing in [pool.submit(flush_meanwhile) for _ in range(2)]:
+            flushing.result(60)
+        adding.result(60)
+        metrics.flush()
+    expected = expected_of((1, range(1, last + 1)))
+    assert curve_of_lines(tmp_path) == expected
+    assert curve_of_events(tmp_path) == expected
 
 
 def test_a_folder_that_cannot_be_made_is_an_error_of_the_store(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_notice_to_one_of_two_processes_stops_both_at_the_same_step(
 
 def test_a_second_notice_ends_the_program_at_once(tmp_path: Path, data: tuple[str, ...]) -> None:
     run = tmp_path / "run"
-    stops = [("micro_batch", 3), ("save:begin", 1)]
+    stops = [("micro_batch", 3), ("update:before", 1)]
     with Program("--run", run, *data, *SHAPE, stops=stops) as program:
         program.stopped().send(signal.SIGTERM, signal.SIGCONT)
         program.stopped().send(signal.SIGTERM, signal.SIGCONT)

@@ -160,5 +160,5 @@ def test_process_wide_switches_are_set(same_switches: None, tf32: bool, products
 
 
 def test_no_threads_at_all_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="cpu_threads must be at least 1; got 0"):
+    with pytest.raises(ConfigurationError, match="cpu_threads must be from 1 to 1024; got 0"):
         NumericsConfig(cpu_threads=0)

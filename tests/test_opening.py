@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from checkpointing.history import history
 from checkpointing.incarnation import claim_run
 from launch.config import FIXED, RunConfig, fields_of_kind, parse_config
 from launch.opening import OpenRun, open_run
@@ -42,7 +41,7 @@ def opened(store: LocalStore, *flags: str) -> OpenRun:
 
 
 def claims(store: LocalStore) -> list[Record]:
-    return list(history(Log(store).refresh()).claim_records)
+    return [r for r in Log(store, whole=True).refresh() if r.kind == "CLAIM"]
 
 
 def completed(store: LocalStore, step: int) -> None:

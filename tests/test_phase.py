@@ -25,3 +25,14 @@ def test_without_a_listener_it_only_remembers() -> None:
     assert phase.place() == ("start", 0)
     phase("restore")
     assert phase.place() == ("restore", 0)
+
+
+def test_what_another_thread_enters_is_heard_and_leaves_the_place() -> None:
+    heard: list[tuple[str, int]] = []
+    phase = Phase(lambda name, step: heard.append((name, step)))
+    phase.step = 4
+    phase("micro_batch")
+    phase.aside("save:object")
+    assert heard == [("micro_batch", 4), ("save:object", 4)]
+    assert phase.place() == ("micro_batch", 4)
+    Phase().aside("save:object")

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from checkpointing import layout
 from checkpointing.group import Solo
 from checkpointing.history import history
 from checkpointing.incarnation import Incarnation
@@ -13,7 +15,7 @@ from checkpointing.save import save
 from storage.errors import FencedError, NoUsableCheckpointError, StoreUnavailableError
 from storage.log import Log
 from storage.store import LocalStore
-from tests.groups import on_ranks
+from tests.groups import ThreadGroup, on_ranks
 from tests.test_save import claimed, state
 
 
@@ -71,6 +73,9 @@ class LiesToOneReader(LocalStore):
             return b"x" + data[1:]
         return data
 
+    def local_path(self, key: str) -> None:
+        return None  # so that a load reads through `get`
+
 
 def test_one_bad_reading_is_no_damage_and_two_are(tmp_path: Path) -> None:
     store = LiesToOneReader(tmp_path, lies=0)
@@ -94,6 +99,9 @@ class Offline(LocalStore):
         if self.offline and key.startswith("checkpoints/"):
             raise StoreUnavailableError("network is unreachable")
         return super().get(key, start, end)
+
+    def local_path(self, key: str) -> None:
+        return None  # so that a load reads through `get`
 
 
 def test_a_network_error_quarantines_nothing(tmp_path: Path) -> None:
@@ -150,3 +158,56 @@ def test_a_damaged_claim_loses_no_checkpoint_of_its_generation(tmp_path: Path) -
     store.put("log/0000000001.json", b"{}")
     loaded = restore(store, claimed(store), Solo())
     assert loaded is not None and loaded.exact["step"] == 2
+
+
+class Bucket(LocalStore):
+    """A store that is no disk; it counts the objects that were read."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.read: list[str] = []
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        if key.endswith(".safetensors"):
+            self.read.append(key)
+        return super().get(key, start, end)
+
+    def local_path(self, key: str) -> None:
+        return None
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_from_a_bucket_each_object_is_read_once_and_given_to_all(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layout, "OBJECT_BYTES", 1000)
+    owner = with_checkpoints(LocalStore(tmp_path), 1, 2)
+    bucket = Bucket(tmp_path)
+    found = on_ranks(size, lambda g: restore(bucket, owner if g.rank == 0 else None, g))
+    assert len(bucket.read) == len(set(bucket.read)) >= size
+    for one in found:
+        assert isinstance(one, Loaded)
+        for name, tensor in state(2).tensors.items():
+            assert torch.equal(one.tensors[name], tensor)
+
+
+class Garbling(ThreadGroup):
+    """A network that changes what rank 1 receives."""
+
+    def share(self, place: torch.Tensor, source: int) -> None:
+        super().share(place, source)
+        if self.rank == 1 and source != 1:
+            place[0] ^= 1
+
+
+def test_what_the_network_changes_is_seen_on_every_rank(tmp_path: Path) -> None:
+    owner = with_checkpoints(LocalStore(tmp_path), 1)
+    bucket = Bucket(tmp_path)
+
+    def work(group: ThreadGroup) -> object:
+        garbling = Garbling(group.rank, group.size, group._slots, group._barrier)
+        return restore(bucket, owner if group.rank == 0 else None, garbling)
+
+    for error in on_ranks(2, work):
+        assert isinstance(error, StoreUnavailableError)
+        assert "has arrived differently on rank 1" in str(error) or "on rank 0" in str(error)

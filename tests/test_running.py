@@ -2,7 +2,11 @@ import errno
 import json
 import logging
 import os
+import threading
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,18 +14,25 @@ from typing import Any
 import pytest
 import torch
 
+from checkpointing import beats, write
 from checkpointing.history import history
 from checkpointing.incarnation import Incarnation, claim_run
+from checkpointing.save import TrainingState
+from data_service.batches import Batches
+from launch.build import build_training
 from launch.config import parse_config
 from launch.phase import Phase
 from launch.running import Keeper, finish, open_metrics, surroundings
 from launch.world import World
 from storage.canonical import sha256_hex
-from storage.errors import FencedError, RangeFlowError, StoreUnavailableError
+from storage.errors import FencedError, StoreUnavailableError
 from storage.log import Log
 from storage.store import FsspecStore, LocalStore
+from tests.made_sources import made_source, plan_of
 from tests.programs import checkpoints, curve, final_digest, train_here
 from trainer.metrics import Metrics
+from trainer.state import capture
+from trainer.step import Flags
 
 CPU = torch.device("cpu")
 ALONE = World(0, 1, CPU, "none")
@@ -30,6 +41,7 @@ SHAPE = (
     "--eval_interval_steps=0",
     "--sample_interval_steps=0",
     "--save_interval_steps=1",
+    "--wait_for_saves",
     "--keep_last=2",
     "--n_embd=32",
     "--context=32",
@@ -51,9 +63,9 @@ def keeper(
     store: LocalStore, world: World, owner: Incarnation | None, metrics: Metrics | None
 ) -> Keeper:
     """One that may record and flush; to save, it would need what trains."""
-    nothing: Any = None
+    empty = TrainingState(tensors={}, exact={}, extra={})
     config = parse_config([f"--run={store.url}"])
-    return Keeper(config, world, store, owner, metrics, nothing, nothing, Phase(), None)
+    return Keeper(config, world, store, owner, metrics, lambda step: empty, Phase(), None)
 
 
 def lines(store: LocalStore) -> list[dict[str, Any]]:
@@ -74,19 +86,6 @@ def test_rows_wait_for_the_flush(store: LocalStore) -> None:
         assert len(lines(store)) == 2
 
 
-def test_a_fenced_incarnation_writes_no_rows(store: LocalStore) -> None:
-    owner = claimed(store)
-    with Metrics(store.root, generation=1, step=0) as metrics:
-        kept = keeper(store, ALONE, owner, metrics)
-        kept.record({"step": 1, "loss": 2.5})
-        claimed(store)
-        with pytest.raises(FencedError, match="generation 1 is fenced: generation 2 has claimed"):
-            kept.flush()
-        with pytest.raises(FencedError, match="generation 1 is fenced"):
-            kept.save(1, None, True)
-    assert lines(store) == []
-
-
 def test_other_ranks_record_and_flush_nothing(store: LocalStore) -> None:
     kept = keeper(store, World(1, 1, CPU, "none"), None, None)
     kept.record({"step": 1})
@@ -94,53 +93,176 @@ def test_other_ranks_record_and_flush_nothing(store: LocalStore) -> None:
     assert store.list("") == []
 
 
-class Other(World):
-    """Rank 1 of a world, told by rank 0 that its flush failed."""
-
-    def __init__(self, told: dict[str, str]) -> None:
-        super().__init__(1, 1, CPU, "none")
-        self._told = told
-
-    def broadcast(self, value: Any) -> Any:
-        assert value == {}, "only rank 0 flushes"
-        return self._told
+def no_space_for_curves(descriptor: int, sync: Callable[[int], None] = os.fsync) -> None:
+    """A disk that is full for the curves alone."""
+    name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+    if "metrics" in name or "tfevents" in name:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    sync(descriptor)
 
 
-class Told(World):
-    """Rank 0, of which we read what it tells the others."""
-
-    def __init__(self) -> None:
-        super().__init__(0, 1, CPU, "none")
-        self.told: Any = None
-
-    def broadcast(self, value: Any) -> Any:
-        self.told = json.loads(json.dumps(value))
-        return value
-
-
-@pytest.mark.parametrize("kind", [FencedError, StoreUnavailableError])
-def test_a_flush_that_failed_on_rank_0_stops_every_rank(
-    kind: type[RangeFlowError], store: LocalStore, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_that_is_full_for_the_curves_stops_neither_training_nor_commits(
+    tmp_path: Path,
+    data: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    owner, first = claimed(store), Told()
+    run = tmp_path / "run"
+
+    def listener(phase: str, step: int) -> None:
+        if (phase, step) == ("step", 1):
+            monkeypatch.setattr(os, "fsync", no_space_for_curves)
+        if (phase, step) == ("step", 4):
+            monkeypatch.undo()
+
+    assert train_here("--run", run, *data, *SHAPE, "--keep_last=9", listener=listener) == 0
+    assert "the curves wait for a later time: metrics: No space left" in capsys.readouterr().err
+    assert [c.step for c in checkpoints(run)] == [1, 2, 3, 4, 5, 6]
+    assert [step for step, _ in curve(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_rows_reach_the_disk_before_the_commit_of_their_step(
+    tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    run = tmp_path / "run"
+    on_disk: dict[int, list[int]] = {}
+
+    def listener(phase: str, step: int) -> None:
+        if phase == "save:manifest":
+            on_disk[step] = [row["step"] for row in lines(LocalStore(run))]
+
+    assert train_here("--run", run, *data, *SHAPE, listener=listener) == 0
+    assert on_disk == {step: list(range(1, step + 1)) for step in range(1, 7)}
+
+
+def test_rows_reach_the_disk_with_a_heartbeat(
+    tmp_path: Path, data: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beats, "BEAT_SECONDS", 0.01)
+    run = tmp_path / "run"
+    seen: list[int] = []
+
+    def listener(phase: str, step: int) -> None:
+        if (phase, step) != ("step", 3):
+            return
+        deadline = time.monotonic() + 60
+        while not (found := lines(LocalStore(run))) and time.monotonic() < deadline:
+            os.sched_yield()
+        seen.extend(row["step"] for row in found)
+        assert checkpoints(run) == []
+
+    arguments = ("--run", run, *data, *SHAPE, "--save_interval_steps=0")
+    assert train_here(*arguments, listener=listener) == 0
+    assert seen[0] == 1
+
+
+def test_the_store_is_refused_only_to_the_saves_while_it_fails(
+    trainable: Callable[..., Keeper], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log that cannot be read holds up no step: `save` returns, and the flags are told."""
+    monkeypatch.setattr(write, "PATIENCE_SECONDS", (0.0,))
+    store = Unreachable(tmp_path / "run")
+    owner = claimed(store)
+    with trainable(store, owner) as kept:
+        store.fails = True
+        assert kept.save(1, validation_loss=None, healthy=True, wait=False)
+        kept.wait_for_copy()
+        assert store.asked.wait(60)
+        assert kept.flags() == Flags(saving=True)
+        store.fails = False
+        assert kept.save(2, validation_loss=None, healthy=True, wait=True)
+        assert kept.flags() == Flags()
+    assert [c.step for c in checkpoints(store.root)][-1] == 2
+
+
+class Unreachable(LocalStore):
+    """A store whose log cannot be read while it `fails`."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.fails = False
+        self.asked = threading.Event()
+
+    def get(self, key: str, start: int = 0, end: int | None = None) -> bytes:
+        if self.fails and key.startswith("log/"):
+            self.asked.set()
+            raise StoreUnavailableError("network is unreachable")
+        return super().get(key, start, end)
+
+
+@pytest.fixture
+def trainable(tmp_path: Path) -> Callable[..., Keeper]:
+    """Makes keepers of a small model, which can save."""
+    source = made_source(tmp_path / "source", "code")
+    options = {"seed": 5, "context": 8, "global_batch_size": 2}
+    batches = Batches(plan=plan_of([source]), sources={"code": source}, **options)  # type: ignore[arg-type]
+
+    def make(store: LocalStore, owner: Incarnation | None, *flags: str, **options: Any) -> Keeper:
+        shape = ("--n_layer=1", "--n_embd=16", "--n_head=2", "--context=8", "--virtual_ranks=1")
+        config = parse_config([f"--run={store.url}", "--global_batch_size=2", *shape, *flags])
+        training = build_training(config, ALONE, batches)
+        metrics = options.pop("metrics", None)
+        now = partial(capture, training, batches=batches, seed=5)
+        return Keeper(config, ALONE, store, owner, metrics, now, Phase(), None, **options)
+
+    return make
+
+
+def test_a_save_is_due_by_the_clock_on_rank_0_alone_until_it_is_begun(
+    store: LocalStore, trainable: Callable[..., Keeper]
+) -> None:
+    now = 100.0
+    flags = ("--save_interval_seconds=30",)
+    with (
+        trainable(store, claimed(store), *flags, clock=lambda: now) as kept,
+        trainable(store, None, *flags, clock=lambda: now) as other,
+    ):
+        due = []
+        for now in (100.0, 129.9, 130.0, 131.0):  # noqa: B007
+            due.append(kept.flags().save_due)
+            assert not other.flags().save_due
+        assert due == [False, False, True, True]
+        assert kept.save(1, validation_loss=None, healthy=True, wait=True)
+        assert not kept.flags().save_due
+        now = 161.0
+        assert kept.flags().save_due
+
+
+def test_without_an_interval_no_save_is_due_by_the_clock(
+    store: LocalStore, trainable: Callable[..., Keeper]
+) -> None:
+    times = iter([0.0, 1e9])
+    with trainable(store, claimed(store), clock=lambda: next(times)) as kept:
+        assert kept.flags() == Flags()
+
+
+def test_saves_put_off_are_counted(
+    store: LocalStore, trainable: Callable[..., Keeper], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with trainable(store, claimed(store)) as kept:
+        kept.save(1, validation_loss=None, healthy=True, wait=True)
+        kept.put_off(2)
+        kept.put_off(3)
+        kept.save(4, validation_loss=None, healthy=True, wait=True)
+    told = [r.getMessage().partition("; ")[2] for r in caplog.records if "is saved" in r.message]
+    assert told == ["", "2 saves put off so far"]
+
+
+def test_a_fenced_incarnation_asks_to_stop_and_says_why_at_the_next_save(
+    store: LocalStore, trainable: Callable[..., Keeper]
+) -> None:
+    owner = claimed(store)
     with Metrics(store.root, generation=1, step=0) as metrics:
-        kept = keeper(store, first, owner, metrics)
-        kept.record({"step": 3, "loss": 2.5})
-        if kind is FencedError:
-            claimed(store)
-        else:
-            monkeypatch.setattr(os, "fsync", no_space)
-        with pytest.raises(kind) as here:
-            kept.save(3, None, True)
-        monkeypatch.undo()
-    with pytest.raises(kind) as there:
-        keeper(store, Other(first.told), None, None).save(3, None, True)
-    assert type(there.value) is type(here.value) is kind
-    assert str(there.value) == str(here.value) != ""
-
-
-def no_space(descriptor: int) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        kept = trainable(store, owner, metrics=metrics)
+        kept.record({"step": 1, "loss": 2.5})
+        claimed(store)
+        with kept, pytest.raises(FencedError, match="generation 1 is fenced: generation 2 has"):
+            kept.save(1, validation_loss=None, healthy=True, wait=True)
+        assert kept.flags().stop
+        with pytest.raises(FencedError, match="generation 1 is fenced"):
+            kept.save(2, validation_loss=None, healthy=True, wait=False)
+    assert lines(store) == []
 
 
 def test_what_cannot_be_retired_is_a_warning(
@@ -155,7 +277,7 @@ def test_what_cannot_be_retired_is_a_warning(
 
     assert train_here("--run", run, *data, *SHAPE, listener=listener) == 0
     warned = capsys.readouterr().err
-    assert "[rank 0 step 3] old checkpoints were not retired: " in warned
+    assert "[rank 0 step 3] step 3 is saved, and not all that follows: " in warned
     assert "pins/loop.json: Too many levels of symbolic links" in warned
     assert [c.step for c in checkpoints(run)] == [1, 2, 3, 4, 5, 6], "none were lost by it"
     assert train_here("--run", unbroken, *data, *SHAPE) == 0
@@ -181,15 +303,15 @@ def test_a_notice_or_a_fence_asks_the_loop_to_stop(
     noticed: bool, fenced: bool | None, stops: bool, store: LocalStore
 ) -> None:
     notice: Any = SimpleNamespace(requested=lambda: noticed)
-    beats: Any = None if fenced is None else SimpleNamespace(fenced=fenced)
-    around = surroundings(ALONE, keeper(store, ALONE, None, None), notice, Phase(), beats)
-    assert around.stop_requested() == stops
+    beating: Any = None if fenced is None else SimpleNamespace(fenced=fenced)
+    around = surroundings(ALONE, keeper(store, ALONE, None, None), notice, Phase(), beating)
+    assert around.flags() == Flags(stop=stops)
 
 
 def test_the_loop_sees_this_place_in_the_world(store: LocalStore) -> None:
     world, phase = World(2, 1, CPU, "none"), Phase()
-    world.size = 3
     kept = keeper(store, world, None, None)
+    world.size = 3
     notice: Any = SimpleNamespace(requested=lambda: False)
     around = surroundings(world, kept, notice, phase, None)
     assert (around.rank, around.world_size, around.device) == (2, 3, CPU)
@@ -206,9 +328,9 @@ def test_curves_of_a_local_run_lie_in_the_run(
         metrics.flush()
     assert curve(store.root) == [(8, 1.5)]
     assert f"curves: tensorboard --logdir {store.root}/tensorboard" in caplog.text
-    with pytest.raises(ValueError, match="closed file"):  # the stack has closed it
-        metrics.add({"step": 9})
-        metrics.flush()
+    metrics.add({"step": 9})
+    metrics.flush()  # as a heartbeat may, after the stack has closed it
+    assert [row["step"] for row in lines(store)] == [8]
 
 
 def test_curves_of_remote_runs_lie_each_in_a_folder_of_its_own(

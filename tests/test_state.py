@@ -33,7 +33,7 @@ from trainer.state import (
     restore_state,
     resume_position,
 )
-from trainer.step import BatchConfig, TrainStep
+from trainer.step import BatchConfig, Flags, TrainStep
 
 CONTEXT = 8
 SEED = 5
@@ -86,7 +86,7 @@ def train(training: TrainStep, batches: Batches, steps: range) -> list[float]:
         training.run(
             step,
             torch.from_numpy(batches.batch(step)),
-            stop_requested=lambda: False,
+            flags=Flags,
             announce=lambda phase: None,
         ).loss
         for step in steps
@@ -94,7 +94,7 @@ def train(training: TrainStep, batches: Batches, steps: range) -> list[float]:
 
 
 def captured(training: TrainStep, batches: Batches, step: int) -> TrainingState:
-    return capture(training, step=step, batches=batches, seed=SEED)
+    return capture(training, step, batches=batches, seed=SEED)
 
 
 def read_back(state: TrainingState) -> Loaded:

@@ -16,7 +16,7 @@ from trainer.numerics import Precision, make_scaler
 from trainer.optimizer import OptimizerConfig, make_optimizer
 from trainer.reduction import GradientReducer
 from trainer.schedule import ScheduleConfig, learning_rate
-from trainer.step import BatchConfig, StepResult, StepSettings, TrainStep, gradient_length
+from trainer.step import BatchConfig, Flags, StepResult, StepSettings, TrainStep, gradient_length
 
 CPU = torch.device("cpu")
 SCHEDULE = ScheduleConfig(max_steps=20, learning_rate=1e-2, warmup_steps=2)
@@ -76,10 +76,10 @@ def run(
     step: int,
     rows: Tensor,
     *,
-    stop_requested: Callable[[], bool] = lambda: False,
+    flags: Callable[[], Flags] = Flags,
     announce: Callable[[str], None] = lambda phase: None,
 ) -> StepResult:
-    return training.run(step, rows, stop_requested=stop_requested, announce=announce)
+    return training.run(step, rows, flags=flags, announce=announce)
 
 
 def gradients_at(phase: str, training: TrainStep, rows: Tensor) -> tuple[StepResult, list[Tensor]]:
@@ -271,18 +271,36 @@ def test_half_precision_is_near_float32(precision: Precision) -> None:
 
 @pytest.mark.parametrize("answers", [[False] * 4, [True] * 4, [False, False, False, True]])
 @pytest.mark.parametrize("exact", [True, False])
-def test_whether_to_stop_is_returned(answers: list[bool], exact: bool) -> None:
+@pytest.mark.parametrize("name", ["stop", "saving", "save_due"])
+def test_a_flag_that_any_virtual_rank_raises_is_returned_alone(
+    name: str, answers: list[bool], exact: bool
+) -> None:
     batch = BatchConfig(global_batch_size=8, virtual_ranks=4)
-    asked = iter(answers)
+    told = iter(answers)
     training = made(batch, exact=exact)
-    result = run(training, 0, rows_of(8), stop_requested=lambda: next(asked))
-    assert result.stop is any(answers)
+    result = run(training, 0, rows_of(8), flags=lambda: Flags(**{name: next(told)}))
+    assert result.flags == Flags(**{name: any(answers)})
+
+
+def test_the_state_changes_only_after_before_update() -> None:
+    training = made(BatchConfig(global_batch_size=8, virtual_ranks=4))
+    before = weights(training)
+    asked: list[bool] = []
+    training.run(
+        0,
+        rows_of(8),
+        flags=Flags,
+        announce=lambda phase: None,
+        before_update=lambda: asked.append(same_bits(weights(training), before)),
+    )
+    assert asked == [True]
+    assert not same_bits(weights(training), before)
 
 
 def test_a_request_to_stop_does_not_change_the_update() -> None:
     batch = BatchConfig(global_batch_size=8, virtual_ranks=4)
     stopped, free = made(batch), made(batch)
-    run(stopped, 0, rows_of(8), stop_requested=lambda: True)
+    run(stopped, 0, rows_of(8), flags=lambda: Flags(stop=True))
     run(free, 0, rows_of(8))
     assert same_bits(weights(stopped), weights(free))
 

@@ -20,6 +20,7 @@ SHAPE = (
     "--sample_interval_steps=2",
     "--sample_tokens=2",
     "--save_interval_steps=1",
+    "--wait_for_saves",
     "--n_embd=32",
     "--context=32",
     "--global_batch_size=8",
@@ -90,7 +91,7 @@ def test_a_second_start_goes_on_where_the_first_ended(
     assert begun == [2, 3]
     assert "going on from step 2, saved by generation 1" in capsys.readouterr().err
     past = history(Log(open_store(str(tmp_path / "run"))).refresh())
-    assert [claim.generation for claim in past.claim_records] == [1, 2]
+    assert [claim.generation for claim in past.lifespans] == [1, 2]
     assert past.checkpoints[2].parent == past.checkpoints[1].index
 
 

@@ -20,6 +20,7 @@ VALUES = [
 
 MEMBER = """
 import json, sys
+import torch
 from launch.world import joined_world
 values = json.loads(sys.argv[1])
 with joined_world() as world:
@@ -30,6 +31,9 @@ with joined_world() as world:
         "empty": world.gather(None),
         "again": world.gather(world.rank),
     }
+    place = torch.full((5,), world.rank + 7, dtype=torch.uint8)
+    world.another().share(place[1:3], source=1)
+    told["shared"] = place.tolist()
     print(json.dumps(told))
 """
 
@@ -88,6 +92,7 @@ def told_by_two(program: str, *arguments: str) -> list[dict[str, object]]:
 def test_two_processes_tell_each_other_json_of_any_length() -> None:
     told = told_by_two(MEMBER, json.dumps(VALUES))
     assert [one.pop("place") for one in told] == [[0, 2, "job-7"], [1, 2, "job-7"]]
+    assert [one.pop("shared") for one in told] == [[7, 8, 8, 7, 7], [8, 8, 8, 8, 8]]
     expected = {
         "gathered": VALUES,
         "broadcast": VALUES[0],

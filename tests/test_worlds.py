@@ -41,14 +41,20 @@ def test_any_number_of_processes_gives_the_same_bits(
     assert rows(run) == rows(alone)
 
 
+@pytest.mark.parametrize("waits", [True, False])
 def test_a_walk_over_1_4_2_1_processes_gives_the_same_bits(
-    alone: Path, tmp_path: Path, data: tuple[str, ...]
+    waits: bool, alone: Path, tmp_path: Path, data: tuple[str, ...]
 ) -> None:
+    """Where saves run beside training, each start goes on from what was committed by then."""
     run = tmp_path / "run"
-    arguments = ("--run", run, *data, *SHAPE)
-    assert train_until_killed(*arguments, phase="reduce", nth=5, world=1).step == 4
-    assert train_until_killed(*arguments, phase="reduce", nth=5, world=4).step == 7
-    assert train_until_killed(*arguments, phase="update:after", nth=6, world=2).step == 11
+    arguments = ("--run", run, *data, *SHAPE, *(["--wait_for_saves"] if waits else []))
+    reached = [
+        train_until_killed(*arguments, phase="reduce", nth=5, world=1).step,
+        train_until_killed(*arguments, phase="reduce", nth=5, world=4).step,
+        train_until_killed(*arguments, phase="update:after", nth=6, world=2).step,
+    ]
+    if waits:
+        assert reached == [4, 7, 11]
     train(*arguments, world=1)
     assert final_digest(run) == final_digest(alone)
     assert curve(run) == curve(alone)

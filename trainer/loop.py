@@ -1,7 +1,8 @@
 """Repeats the optimizer step until the run is complete or a process is asked to stop.
 
 After every step, in this order: evaluation, samples, metrics, save. A save at step S is therefore
-preceded by everything that step S has to say, and a resume from S begins with step S + 1.
+preceded by everything that step S has to say, and a resume from S begins with step S + 1. A save
+runs beside the next steps; one that is due while another is in flight is put off, not left out.
 """
 
 import json
@@ -20,7 +21,7 @@ from data_service.tokenizer import Tokenizer
 from storage.errors import ConfigurationError, StoreUnavailableError
 from trainer.evaluate import evaluate
 from trainer.sample import sample
-from trainer.step import StepResult, TrainStep
+from trainer.step import Flags, StepResult, TrainStep
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,9 @@ class LoopConfig:
     sample_prompts: tuple[str, ...] = ("def __init__(self", "The ")
     log_interval_steps: int = 50
     save_interval_steps: int = 200
+    """Steps between saves; a save is also made when it is due by the clock, and at the end."""
+    local_interval_steps: int = 20
+    """Steps between snapshots to the local tier, if there is one."""
 
     def __post_init__(self) -> None:
         if self.eval_windows < 1 or self.eval_micro_batch_size < 1 or self.log_interval_steps < 1:
@@ -46,7 +50,12 @@ class LoopConfig:
                 "eval_windows, eval_micro_batch_size and log_interval_steps must be at least 1; "
                 f"got {self.eval_windows}, {self.eval_micro_batch_size}, {self.log_interval_steps}"
             )
-        intervals = (self.eval_interval_steps, self.sample_interval_steps, self.save_interval_steps)
+        intervals = (
+            self.eval_interval_steps,
+            self.sample_interval_steps,
+            self.save_interval_steps,
+            self.local_interval_steps,
+        )
         if min(intervals) < 0:
             raise ConfigurationError(f"an interval cannot be negative; got {min(intervals)}")
         if self.sample_tokens < 0:
@@ -76,10 +85,12 @@ class Announce(Protocol):
 class Surroundings:
     """What the loop is given by `launch`.
 
-    `record` takes the row of a step and `flush` lets people see the rows so far; both do nothing
-    on ranks other than 0. `save(step, validation_loss, healthy)` returns whether the checkpoint was
-    committed, the same on every rank. `flush` and `save` raise FencedError when a later incarnation
-    owns the run.
+    `flags` is what this process tells the others in each step. `record` takes the row of a step; it
+    does nothing on ranks other than 0. `save` begins to save the state, which may change after
+    `wait_for_copy`; with `wait` it returns when that and all before it are over, and whether the
+    step was committed, the same on every rank. `put_off` is told that a save waits for the one in
+    flight. `save_locally` begins a snapshot to the local tier, if there is one. `save` raises
+    FencedError when a later incarnation owns the run.
     """
 
     rank: int
@@ -87,10 +98,20 @@ class Surroundings:
     device: torch.device
     gather: Callable[[Any], list[Any]]
     announce: Announce
-    stop_requested: Callable[[], bool]
+    flags: Callable[[], Flags]
     record: Callable[[dict[str, Any]], None]
-    flush: Callable[[], None]
-    save: Callable[[int, float | None, bool], bool]
+    save: "Save"
+    put_off: Callable[[int], None]
+    save_locally: Callable[[int, bool], None]
+    wait_for_copy: Callable[[], None]
+
+
+class Save(Protocol):
+    """Saves the state after `step` steps; `healthy` when every loss since the last was finite."""
+
+    def __call__(
+        self, step: int, *, validation_loss: float | None, healthy: bool, wait: bool
+    ) -> bool: ...
 
 
 class Loop:
@@ -116,6 +137,7 @@ class Loop:
         self._max_steps = max_steps
         self._validation = held_out(batches, config.eval_windows)
         self._healthy = True
+        self._waiting = False
 
     def run(self, step: int, position: int) -> bool:
         """Go on to the end. False when a process was asked to stop; the state is then saved."""
@@ -126,7 +148,11 @@ class Loop:
             around.announce("step")
             rows = torch.from_numpy(self._rows.next(position)).to(around.device)
             result = self._training.run(
-                step, rows, stop_requested=around.stop_requested, announce=around.announce
+                step,
+                rows,
+                flags=around.flags,
+                announce=around.announce,
+                before_update=around.wait_for_copy,
             )
             step, position = step + 1, position + 1
             around.announce.step = step
@@ -136,9 +162,8 @@ class Loop:
             around.record(row)
             if step % config.log_interval_steps == 0 or last:
                 self._log(row, speed)
-            if _due(step, config.save_interval_steps) or last or result.stop:
-                self._save(step, row.get("validation_loss"), must=last or result.stop)
-            if result.stop and not last:
+            self._save_if_due(step, row.get("validation_loss"), result.flags, last=last)
+            if result.flags.stop and not last:
                 return False
         return True
 
@@ -205,8 +230,7 @@ class Loop:
         return samples
 
     def _log(self, row: dict[str, Any], speed: "_Speed") -> None:
-        """Tell people, and let TensorBoard see; never after a later incarnation has claimed."""
-        self._around.flush()
+        """Tell people."""
         logger.info(
             "step %d/%d  loss %.4f  rate %.2e  norm %.2f  %s",
             row["step"],
@@ -217,16 +241,32 @@ class Loop:
             speed.summary(row["step"]),
         )
 
-    def _save(self, step: int, validation_loss: float | None, *, must: bool) -> None:
-        """Save; where the process ends with it, a save that failed is an error."""
-        saved = self._around.save(step, validation_loss, self._healthy)
-        if not saved and must:
+    def _save_if_due(
+        self, step: int, validation_loss: float | None, flags: Flags, *, last: bool
+    ) -> None:
+        """Save, or put it off; where the process ends with it, a save that failed is an error."""
+        must = last or flags.stop
+        due = _due(step, self._config.save_interval_steps) or flags.save_due
+        put_off = flags.saving and not must
+        if (due or self._waiting) and put_off:
+            if not self._waiting:
+                self._around.put_off(step)
+            self._waiting = True
+        if put_off or not (must or due or self._waiting):
+            if _due(step, self._config.local_interval_steps) and not flags.saving_locally:
+                self._around.save_locally(step, self._healthy)
+            return
+        self._waiting = False
+        saved = self._around.save(
+            step, validation_loss=validation_loss, healthy=self._healthy, wait=must
+        )
+        self._healthy = self._healthy or saved
+        if must and not saved:
             raise StoreUnavailableError(
                 f"step {step} could not be saved, for the reason in the warning above; what was "
                 "committed before is safe. Start again with the same command when the store works"
             )
-        if saved:
-            self._healthy = True
+        self._waiting = False
 
 
 def held_out(batches: Batches, windows: int) -> tuple[Tensor, list[str]]:

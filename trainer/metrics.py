@@ -10,9 +10,10 @@ import io
 import json
 import math
 import os
+import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -30,6 +31,7 @@ class Metrics:
     """Writes the curves of one incarnation below a folder. For rank 0 only.
 
     `check` raises when a later incarnation owns the run; the lines so far are then left alone.
+    Rows may be added by one thread and flushed by others.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Metrics:
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
         self._wall_clock = wall_clock
+        self._lock = threading.Lock()
         self._rows: list[dict[str, Any]] = []
         events = folder / "tensorboard"
         try:
@@ -51,11 +54,11 @@ class Metrics:
             self._events = open(events / name, "xb", buffering=0)  # noqa: SIM115
         except OSError as error:
             raise StoreUnavailableError(f"{folder}: {error.strerror}") from error
-        self._waiting = io.BytesIO()
-        self._records = RecordWriter(self._waiting)
-        self._record(Event(file_version="brain.Event:2"))
         start = SessionLog(status=SessionLog.START)
-        self._record(Event(session_log=start, step=step + 1))
+        self._opening = [
+            Event(file_version="brain.Event:2", wall_time=wall_clock()),
+            Event(session_log=start, step=step + 1, wall_time=wall_clock()),
+        ]
         self.flush()
 
     def __enter__(self) -> "Metrics":
@@ -67,43 +70,66 @@ class Metrics:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._lines.close()
-        self._events.close()
+        with self._lock:
+            self._lines.close()
+            self._events.close()
 
     def add(self, row: dict[str, Any]) -> None:
         """Remember the row of one step. Its `step` counts finished steps."""
         self._rows.append({**row, "time": round(self._wall_clock(), 3)})
 
     def flush(self) -> None:
-        """Write the rows that wait. Raises StoreUnavailableError when the disk refuses."""
-        rows, self._rows = self._rows, []
-        lines = "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows).encode()
-        for row in rows:
-            self._write_events(row)
-        try:
-            for file, data in ((self._lines, lines), (self._events, self._waiting.getvalue())):
-                _write_all(file, data)
-                os.fsync(file.fileno())
-        except OSError as error:
-            raise StoreUnavailableError(f"metrics: {error.strerror}") from error
-        self._waiting.seek(0)
-        self._waiting.truncate()
+        """Write the rows that wait.
 
-    def _write_events(self, row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            if name not in _NOT_CURVES:
-                scalar = summary.scalar(name, value)  # type: ignore[no-untyped-call]
-                self._record(Event(summary=scalar), row)
-        for number, one in enumerate(row.get("samples", [])):
-            content = f"{one['prompt']}**|**{one['response']}"
-            text = summary.text(f"sample/{number}", content)  # type: ignore[no-untyped-call]
-            self._record(Event(summary=text), row)
+        Raises StoreUnavailableError when the disk refuses; the rows wait on, and the files are as
+        they were.
+        """
+        with self._lock:
+            if self._lines.closed:
+                return
+            rows = list(self._rows)
+            lines = [json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows]
+            events = [*self._opening, *(event for row in rows for event in _events_of(row))]
+            try:
+                _append(self._lines, "".join(lines).encode(), self._events, _records(events))
+            except OSError as error:
+                raise StoreUnavailableError(f"metrics: {error.strerror}") from error
+            self._opening = []
+            del self._rows[: len(rows)]
 
-    def _record(self, event: Event, row: dict[str, Any] | None = None) -> None:
-        event.wall_time = row["time"] if row else self._wall_clock()
-        if row:
-            event.step = row["step"]
-        self._records.write(event.SerializeToString())
+
+def _events_of(row: dict[str, Any]) -> Iterator[Event]:
+    for name, value in row.items():
+        if name not in _NOT_CURVES:
+            scalar = summary.scalar(name, value)  # type: ignore[no-untyped-call]
+            yield Event(summary=scalar, step=row["step"], wall_time=row["time"])
+    for number, one in enumerate(row.get("samples", [])):
+        content = f"{one['prompt']}**|**{one['response']}"
+        text = summary.text(f"sample/{number}", content)  # type: ignore[no-untyped-call]
+        yield Event(summary=text, step=row["step"], wall_time=row["time"])
+
+
+def _records(events: Iterable[Event]) -> bytes:
+    """The events as they stand in a file of TensorBoard's."""
+    data = io.BytesIO()
+    writer = RecordWriter(data)
+    for event in events:
+        writer.write(event.SerializeToString())
+    return data.getvalue()
+
+
+def _append(lines: BinaryIO, more_lines: bytes, events: BinaryIO, more_events: bytes) -> None:
+    """Append to both files and sync them, or, when that fails, to neither."""
+    before = [(file, file.seek(0, os.SEEK_END)) for file in (lines, events)]
+    try:
+        for file, data in ((lines, more_lines), (events, more_events)):
+            _write_all(file, data)
+            os.fsync(file.fileno())
+    except OSError:
+        for file, size in before:
+            file.truncate(size)
+            file.seek(size)
+        raise
 
 
 def _finite(row: dict[str, Any]) -> dict[str, Any]:

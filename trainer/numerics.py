@@ -29,8 +29,8 @@ class NumericsConfig:
     cpu_threads: int = 1
 
     def __post_init__(self) -> None:
-        if self.cpu_threads < 1:
-            raise ConfigurationError(f"cpu_threads must be at least 1; got {self.cpu_threads}")
+        if not 1 <= self.cpu_threads <= 1024:
+            raise ConfigurationError(f"cpu_threads must be from 1 to 1024; got {self.cpu_threads}")
 
 
 def resolve_precision(precision: str, device: torch.device) -> Precision:

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-EXTRAS = 2
-"""Numbers that ride behind the gradient: the loss, and how many processes ask to stop."""
+EXTRAS = 5
+"""Numbers that ride behind the gradient: the loss, and how many virtual ranks raise each flag."""
 
 Range = tuple[int, int]
 

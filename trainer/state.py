@@ -4,14 +4,13 @@ Every part is named in exactly one place for saving and one for restoring; a mis
 unexpected item is an error, never a default.
 """
 
-import random
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from checkpointing.generators import generators, restore_generators
 from checkpointing.load import Loaded
 from checkpointing.save import TrainingState
 from data_service.batches import Batches
@@ -21,7 +20,7 @@ from trainer.optimizer import load_optimizer_state, optimizer_state
 from trainer.step import TrainStep
 
 
-def capture(training: TrainStep, *, step: int, batches: Batches, seed: int) -> TrainingState:
+def capture(training: TrainStep, step: int, *, batches: Batches, seed: int) -> TrainingState:
     """The state after `step` finished steps. Its tensors are not copies."""
     names: dict[Tensor, str] = {p: name for name, p in training.model.named_parameters()}
     tensors, numbers = optimizer_state(training.optimizer, names)
@@ -104,42 +103,6 @@ def restore_scaler(scaler: torch.amp.GradScaler, state: Mapping[str, Any]) -> No
     if bool(state) != scaler.is_enabled():
         raise IntegrityError("the checkpoint and the run do not agree on whether a scaler is used")
     scaler.load_state_dict(dict(state))
-
-
-def generators() -> dict[str, Any]:
-    """States of the generators of torch (CPU and GPU), numpy and Python, as JSON.
-
-    No bit of a run depends on them; they are kept for what users add.
-    """
-    numpy: Any = np.random.get_state(legacy=True)
-    _, keys, position, has_gauss, cached = numpy
-    version, internal, gauss = random.getstate()
-    states = [torch.get_rng_state()]
-    if torch.cuda.is_available():
-        states += torch.cuda.get_rng_state_all()
-    return {
-        "torch": [state.numpy().tobytes().hex() for state in states],
-        "numpy": [keys.tobytes().hex(), int(position), int(has_gauss), float(cached)],
-        "python": [version, list(internal), gauss],
-    }
-
-
-def restore_generators(states: Mapping[str, Any]) -> None:
-    """Put back what `generators` gave; states of GPUs that are not here are left out."""
-    cpu, *gpus = [_bytes_tensor(text) for text in states["torch"]]
-    torch.set_rng_state(cpu)
-    if torch.cuda.is_available():
-        for device, state in enumerate(gpus[: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(state, device)
-    keys, position, has_gauss, cached = states["numpy"]
-    words = np.frombuffer(bytes.fromhex(keys), dtype=np.uint32)
-    np.random.set_state(("MT19937", words, position, has_gauss, cached))
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
-
-
-def _bytes_tensor(text: str) -> Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from storage.errors import ConfigurationError
 from trainer.model import GPT, token_losses
 from trainer.numerics import Precision, autocast, keyed_randomness
 from trainer.optimizer import set_learning_rate
-from trainer.reduction import GradientReducer, hosted_range
+from trainer.reduction import EXTRAS, GradientReducer, hosted_range
 from trainer.schedule import ScheduleConfig, learning_rate
 
 
@@ -61,13 +61,30 @@ class StepSettings:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Flags:
+    """What a process tells the others during a step; in a result, what any of them told."""
+
+    stop: bool = False
+    """It was asked to stop."""
+    saving: bool = False
+    """A save of it is in flight."""
+    saving_locally: bool = False
+    """A snapshot of it to the local tier is in flight."""
+    save_due: bool = False
+    """A save is due by the clock, or an operator asked for one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What a step says of itself. `loss` in nats a token, before the update."""
+    """What a step says of itself. `loss` in nats a token, before the update.
+
+    `flags` are the same on every process.
+    """
 
     loss: float
     gradient_norm: float
     learning_rate: float
-    stop: bool
+    flags: Flags
 
 
 class TrainStep:
@@ -97,13 +114,14 @@ class TrainStep:
         step: int,
         rows: Tensor,
         *,
-        stop_requested: Callable[[], bool],
+        flags: Callable[[], Flags],
         announce: Callable[[str], None],
+        before_update: Callable[[], None] = lambda: None,
     ) -> StepResult:
         """Make the step after `step` finished ones.
 
         `rows` is this process's part of the global batch, (rows, T + 1) int64 on the device.
-        `stop` of the result is the same on every process: whether any of them was asked to stop.
+        `before_update` is called before the state changes: a copy of it may be under way.
         """
         settings = self._settings
         rate = learning_rate(step, settings.schedule)
@@ -112,18 +130,26 @@ class TrainStep:
 
         def accumulate(virtual_rank: int, vector: Tensor) -> None:
             self._accumulate(step, virtual_rank, rows, vector, announce)
-            vector[self._length + 1] = float(stop_requested())
+            told = flags()
+            raised = [told.stop, told.saving, told.saving_locally, told.save_due]
+            vector[self._length + 1 : self._length + EXTRAS] = torch.tensor(raised)
 
         total = self._reducer.reduce(accumulate, announce)
-        loss, asked = total[self._length : self._length + 2].tolist()
+        loss, *raised = total[self._length : self._length + EXTRAS].tolist()
+        stop, saving, saving_locally, save_due = (count > 0 for count in raised)
         self._point_gradients_into(total)
         announce("update:before")
-        norm = self._update(total[: self._length])
+        norm = self._update(total[: self._length], before_update)
         announce("update:after")
         for parameter in self._parameters:
             parameter.grad = None
         self._reducer.release(total)
-        return StepResult(loss=loss, gradient_norm=norm, learning_rate=rate, stop=asked > 0)
+        return StepResult(
+            loss=loss,
+            gradient_norm=norm,
+            learning_rate=rate,
+            flags=Flags(stop=stop, saving=saving, saving_locally=saving_locally, save_due=save_due),
+        )
 
     def _accumulate(
         self,
@@ -161,13 +187,14 @@ class TrainStep:
             parameter.grad = vector[offset : offset + size].view_as(parameter)
             offset += size
 
-    def _update(self, gradient: Tensor) -> float:
+    def _update(self, gradient: Tensor, before_update: Callable[[], None]) -> float:
         """Unscale, clip and apply; returns the norm before clipping."""
         self.scaler.unscale_(self.optimizer)
         norm = float(torch.linalg.vector_norm(gradient))
         limit = self._settings.clip_norm
         if limit and math.isfinite(norm) and norm > limit:
             gradient.mul_(limit / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_
+        before_update()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return norm
