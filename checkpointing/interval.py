@@ -1,0 +1,95 @@
+"""How often to save: from what a save costs, and how often the run has been preempted.
+
+Pure functions. The interval balances the time that saves take from training against the steps that
+a preemption makes the run repeat.
+"""
+
+import math
+import statistics
+from collections import deque
+
+from checkpointing.history import History, Lifespan
+
+PRIOR_SECONDS = 3 * 3600.0
+"""Before a run knows better: one preemption in three hours, which counts as one observation."""
+
+MAXIMUM_SECONDS = 30 * 60.0
+
+MINIMUM_SECONDS = 15.0
+"""Where a save costs nothing, requests to the store and records in the log still do."""
+
+
+def mean_time_between_preemptions(past: History, now: float) -> float:
+    """Seconds that an incarnation of this run lives on average; `now` on the wall clock.
+
+    The time lived by the newest 100 incarnations, over how many of them were interrupted: those
+    without an END that another generation followed, whatever stopped them. (For exponential
+    lifetimes this is the most likely mean; one that still lives adds its time, and no
+    interruption.) The prior counts as one interruption after three hours.
+
+    A life ends at the last record, not at the next CLAIM: the CLAIM has the clock of another host,
+    and the wait for a new machine lies between. That is too short by half an interval on average,
+    and errs towards more saves.
+    """
+    lived, interruptions = PRIOR_SECONDS, 1
+    for lifespan in past.lifespans:
+        alive = lifespan.generation == past.generation and not lifespan.ended
+        until = now if alive else lifespan.last_sign_at
+        lived += max(0.0, until - lifespan.claimed_at)
+        interruptions += _was_interrupted(lifespan, past)
+    return lived / interruptions
+
+
+def interval_seconds(
+    cost_seconds: float,
+    mean_seconds: float,
+    *,
+    minimum_seconds: float,
+    maximum_seconds: float = MAXIMUM_SECONDS,
+) -> float:
+    """Seconds from one save to the next: sqrt(2 * cost * mean), within the bounds.
+
+    Young, "A first order approximation to the optimum checkpoint interval", CACM 17(9), 1974.
+    Daly's higher-order formula (FGCS 22(3), 2006, eq. 37) is about 2/3 of the cost shorter, which
+    is nothing where a save costs less than a second, and it jumps where the cost is twice the mean.
+
+    `cost_seconds` is what a save takes from training (effective stall), not the time until it is
+    durable: that delays every save alike, and moves no optimum. `minimum_seconds` is the time until
+    a save is durable; it wins over the maximum, because one save is in flight at most.
+    """
+    if not (cost_seconds >= 0 and mean_seconds > 0):
+        raise ValueError(
+            "cost_seconds must be at least 0 and mean_seconds above 0; "
+            f"got {cost_seconds} and {mean_seconds}"
+        )
+    best = math.sqrt(2 * cost_seconds * mean_seconds)
+    return max(minimum_seconds, min(best, maximum_seconds))
+
+
+class SaveCost:
+    """What a save takes from training: how much longer steps take while one is in flight.
+
+    Measured against the median of the newest 50 steps without a save, so that interference is
+    charged as well as waiting.
+    """
+
+    def __init__(self) -> None:
+        self._idle: deque[float] = deque(maxlen=50)
+        self._extra = 0.0
+        self._saving = False
+        self.seconds = 1.0
+        """Of the newest save that is over; a guess before."""
+
+    def step(self, seconds: float, *, saving: bool) -> None:
+        """Charge one step, which took so long; `saving` if a save was in flight during it."""
+        if saving and self._idle:
+            self._extra += max(0.0, seconds - statistics.median(self._idle))
+        if not saving:
+            self._idle.append(seconds)
+            if self._saving:
+                self.seconds, self._extra = self._extra, 0.0
+        self._saving = saving
+
+
+def _was_interrupted(lifespan: Lifespan, past: History) -> bool:
+    return lifespan.generation < past.generation and not lifespan.ended

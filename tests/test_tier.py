@@ -1,0 +1,229 @@
+"""The local tier: what counts is committed to the run first, and what does not is left alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpointing.group import Solo
+from checkpointing.history import Checkpoint, history
+from checkpointing.incarnation import Incarnation, claim_run
+from checkpointing.load import load
+from checkpointing.save import TrainingState, save
+from checkpointing.tier import adopt, claim_tier, for_tier, tier_store
+from launch.running import Tier
+from storage.errors import FencedError, StoreUnavailableError
+from storage.log import Log
+from storage.store import LocalStore, Store
+from tests.programs import (
+    checkpoints,
+    curve,
+    final_digest,
+    rows,
+    train,
+    train_here,
+    train_until_killed,
+)
+
+SHAPE = (
+    "--max_steps=24",
+    "--eval_interval_steps=0",
+    "--sample_interval_steps=0",
+    "--save_interval_steps=10",
+    "--local_interval_steps=3",
+    "--n_embd=32",
+    "--context=32",
+    "--global_batch_size=8",
+    "--warmup_steps=2",
+    "--wait_for_saves",
+)
+
+
+def state(step: int) -> TrainingState:
+    tensors = {"w": torch.full((5,), float(step))}
+    return TrainingState(tensors=tensors, exact={"step": step}, extra={"rng": [step]})
+
+
+def owner_of(store: Store) -> Incarnation:
+    return claim_run(store, Log(store), body={}, take_over=True)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return LocalStore(tmp_path / "run")
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> Store:
+    return tier_store(str(tmp_path / "tier"), "a", LocalStore(tmp_path / "run"))
+
+
+def snapshot(tier: Store, owner: Incarnation, step: int) -> Checkpoint:
+    """What the tier gets from an owner of the run at a step."""
+    mine = claim_tier(tier, owner)
+    content = for_tier(state(step), history(owner.check()))
+    saved = save(tier, mine, Solo(), content, step=step)
+    assert saved is not None
+    return saved
+
+
+def commit(store: Store, owner: Incarnation, step: int) -> Checkpoint:
+    saved = save(store, owner, Solo(), state(step), step=step)
+    assert saved is not None
+    return saved
+
+
+def test_a_newer_snapshot_of_the_last_owner_is_committed(store: Store, tier: Store) -> None:
+    first = owner_of(store)
+    base = commit(store, first, 10)
+    local = snapshot(tier, first, 14)
+    adopted = adopt(tier, store, owner_of(store))
+    assert adopted is not None
+    assert (adopted.step, adopted.digest, adopted.parent) == (14, local.digest, base.index)
+    loaded = load(store, adopted)
+    assert loaded.exact == {"step": 14} and loaded.extra == {"rng": [14]}
+    assert torch.equal(loaded.tensors["w"], state(14).tensors["w"])
+
+
+def test_a_run_that_never_committed_is_saved_by_its_tier(store: Store, tier: Store) -> None:
+    snapshot(tier, owner_of(store), 4)
+    adopted = adopt(tier, store, owner_of(store))
+    assert adopted is not None and adopted.step == 4
+
+
+def test_an_empty_tier_gives_nothing(store: Store, tier: Store) -> None:
+    assert adopt(tier, store, owner_of(store)) is None
+
+
+def stale_owner(store: Store, tier: Store) -> None:
+    """Another incarnation went on in between, perhaps another way."""
+    first = owner_of(store)
+    commit(store, first, 10)
+    snapshot(tier, first, 14)
+    commit(store, owner_of(store), 12)
+
+
+def older_than_the_commit(store: Store, tier: Store) -> None:
+    first = owner_of(store)
+    snapshot(tier, first, 14)
+    commit(store, first, 14)
+
+
+def base_retired(store: Store, tier: Store) -> None:
+    first = owner_of(store)
+    base = commit(store, first, 10)
+    snapshot(tier, first, 14)
+    first.append("QUARANTINE", lambda _: {"checkpoints": [base.index], "reason": "damaged"})
+
+
+def other_plan(store: Store, tier: Store) -> None:
+    first = owner_of(store)
+    first.append("PLAN", lambda _: {"edit": 1})
+    snapshot(tier, first, 14)
+    for key in store.list("log/"):
+        if b'"PLAN"' in store.get(key):
+            store.delete(key)
+
+
+def damaged(store: Store, tier: Store) -> None:
+    snapshot(tier, owner_of(store), 14)
+    [key] = [k for k in tier.list("checkpoints/") if k.endswith("safetensors")]
+    data = bytearray(tier.get(key))
+    data[-1] ^= 1
+    tier.put(key, bytes(data))
+
+
+@pytest.mark.parametrize(
+    "spoil", [stale_owner, older_than_the_commit, base_retired, other_plan, damaged]
+)
+def test_a_snapshot_that_does_not_count_is_left_alone(
+    spoil: Any, store: Store, tier: Store
+) -> None:
+    spoil(store, tier)
+    owner = owner_of(store)
+    before = store.list("")
+    assert adopt(tier, store, owner) is None
+    assert store.list("") == before
+
+
+def test_a_start_that_only_claimed_leaves_the_snapshot_of_the_one_before(
+    store: Store, tier: Store
+) -> None:
+    snapshot(tier, owner_of(store), 4)
+    owner_of(store)
+    adopted = adopt(tier, store, owner_of(store))
+    assert adopted is not None and adopted.step == 4
+
+
+def test_a_tier_of_another_run_or_of_a_copy_is_another_place(tmp_path: Path) -> None:
+    run, copy = LocalStore(tmp_path / "run"), LocalStore(tmp_path / "copy")
+    places = [(("a"), run), ("b", run), ("a", copy)]
+    assert len({tier_store(str(tmp_path), name, store).url for name, store in places}) == 3
+
+
+def test_whoever_had_the_tier_is_fenced(store: Store, tier: Store) -> None:
+    owner = owner_of(store)
+    before = claim_tier(tier, owner)
+    claim_tier(tier, owner)
+    with pytest.raises(FencedError):
+        save(tier, before, Solo(), state(1), step=1)
+
+
+def test_a_tier_keeps_no_more_records_than_it_needs(
+    store: Store, tier: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("checkpointing.incarnation.BASE_RECORDS", 10)
+    owner = owner_of(store)
+    mine = claim_tier(tier, owner)
+    kept = Tier(store=tier, owner=mine)
+    for step in range(1, 60):
+        assert save(tier, mine, Solo(), for_tier(state(step), history(())), step=step) is not None
+        kept.retire()
+        assert len(tier.list("log/")) < 30
+    adopted = adopt(tier, store, owner_of(store))
+    assert adopted is not None and adopted.step == 59
+    kept.clear()
+    assert tier.list("") == []
+
+
+class Full(LocalStore):
+    """A tier without room."""
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        raise StoreUnavailableError("no space left")
+
+
+def test_a_tier_without_room_stops_no_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = Full(tmp_path / "tier")
+    monkeypatch.setattr("launch.running.tier_store", lambda *place: full)
+    assert train_here("--run", tmp_path / "run", *SHAPE, "--local_tier", tmp_path / "tier") == 0
+    assert "no local snapshots in this start: no space left" in capsys.readouterr().err
+
+
+def test_a_complete_run_leaves_nothing_in_its_tier(tmp_path: Path) -> None:
+    tier = tmp_path / "tier"
+    assert train_here("--run", tmp_path / "run", *SHAPE, "--local_tier", tier) == 0
+    assert not [path for path in tier.rglob("*") if path.is_file()]
+
+
+def test_a_tier_is_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train_here("--run", tmp_path / "run", "--local_tier=gs://bucket/x") == 78
+    assert "local_tier must be a folder of this host" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_killed_program_goes_on_from_its_local_snapshot(world: int, tmp_path: Path) -> None:
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    train("--run", unbroken, *SHAPE)
+    flags = ("--run", killed, *SHAPE, "--local_tier", tmp_path / "tier")
+    place = train_until_killed(*flags, phase="step", nth=10, world=world)
+    assert place.step == 9 and checkpoints(killed) == []
+    train(*flags, world=world)
+    adopted = checkpoints(killed)[0]
+    assert adopted.generation == 2 and adopted.step in (3, 6)
+    assert final_digest(killed) == final_digest(unbroken)
+    assert rows(killed) == rows(unbroken)
+    assert curve(killed) == curve(unbroken)
