@@ -163,3 +163,43 @@ def test_without_argv_each_command_reads_the_arguments_of_its_process(module: st
     assert (done.returncode, done.stdout) == (78, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not set(done.stderr) & set("\x1b│╭╮╰╯─")
+
+
+NOISY = """
+import sys
+from tests.test_commands import Arguments
+from storage.commands import run_command
+
+def execute(arguments):
+    for number in range(100_000):
+        print(number)
+    return 0
+
+sys.exit(run_command(Arguments, execute, None, prog="noisy", description="Prints. " * 20_000))
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [("--help", 0), ("runs/a", 141)])
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_reader_that_has_read_enough_ends_the_command_quietly(
+    arguments: str, code: int, buffered: str
+) -> None:
+    """As in `... --help | head -1`, where the pipe is closed while there is more to print."""
+    program = [sys.executable, "-c", NOISY, arguments]
+    environment = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    with subprocess.Popen(
+        program, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as running:
+        assert running.stdout is not None and running.stderr is not None
+        assert running.stdout.readline()
+        running.stdout.close()
+        assert running.stderr.read() == b""
+        assert running.wait() == code
+
+
+def test_an_interrupt_is_one_line(capsys: Capture) -> None:
+    def execute(arguments: Arguments) -> int:
+        raise KeyboardInterrupt
+
+    assert run(execute, "runs/a") == 130
+    assert capsys.readouterr() == ("", "error: interrupted\n")

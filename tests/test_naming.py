@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from checkpointing.history import Checkpoint, History
+from checkpointing.history import Checkpoint, History, history
 from checkpointing.naming import RUN_FORMAT, RUN_KEY, chosen, read_run
 from storage.errors import ConfigurationError, StoreUnavailableError
 from storage.store import Store, open_store
@@ -50,6 +50,8 @@ def test_a_run_says_its_identifier_and_its_identity(store: Store) -> None:
         (b"[]", "run.json has format None, expected 1"),
         (b'"run"', "run.json has format None, expected 1"),
         (b"null", "run.json has format None, expected 1"),
+        (b'{"format":1}' + b" " * 2**20, "run.json is damaged (more than 1048576 bytes); put"),
+        (b"[" * 200_000, "run.json is damaged (maximum recursion depth exceeded"),
     ],
 )
 def test_what_is_not_a_run_is_refused(content: bytes | None, message: str, store: Store) -> None:
@@ -66,6 +68,7 @@ def test_what_is_not_a_run_is_refused(content: bytes | None, message: str, store
         *({name: None} for name in RUN),
         *({"identity": value} for value in (3, "seed", [], ["seed"])),
         *({"format": value} for value in (0, 2, "1", [1])),
+        *({"run": value} for value in (3, "", "a\x1b[2J", "a\nb", "x" * 101, ["x"])),
     ],
 )
 def test_a_run_of_another_shape_is_refused_by_name(
@@ -121,9 +124,7 @@ def past_of(*losses: float | None) -> History:
 
 
 def with_checkpoints(*found: Checkpoint) -> History:
-    return History(
-        generation=1, claim=None, claim_records=(), checkpoints=found, plans=(), end=None
-    )
+    return dataclasses.replace(history([]), checkpoints=found)
 
 
 def test_best_is_the_newest_of_the_lowest_validation_losses() -> None:
@@ -158,6 +159,20 @@ def test_only_live_checkpoints_have_names(gone: str) -> None:
     assert chosen(past, "latest") == chosen(past, "best") == good
     with pytest.raises(ConfigurationError, match=r"live checkpoints \(10, 20\); got '30'"):
         chosen(past, "30")
+
+
+def test_a_step_may_be_one_in_quarantine_where_that_is_asked_for() -> None:
+    old, held, gone = checkpoint(1, 3.0), checkpoint(2, 2.0), checkpoint(3, 1.0)
+    held = dataclasses.replace(held, quarantined=True)
+    gone = dataclasses.replace(gone, quarantined=True, retired=True)
+    past = with_checkpoints(old, held, gone)
+    assert chosen(past, "20", or_quarantined=True) == held
+    assert chosen(past, "latest", or_quarantined=True) == old
+    again = dataclasses.replace(checkpoint(4, None), step=20)
+    assert chosen(with_checkpoints(old, held, again), "20", or_quarantined=True) == again
+    for name in ("30", "40"):
+        with pytest.raises(ConfigurationError, match=r"live checkpoints \(10\); got"):
+            chosen(past, name, or_quarantined=True)
 
 
 def test_of_two_checkpoints_of_one_step_the_newer_is_meant() -> None:
