@@ -1,0 +1,108 @@
+"""The example of docs/checkpoints.md does what it says, killed or not."""
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from checkpointing.alone import Checkpoints
+from checkpointing.generators import generators, restore_generators
+from storage.errors import ConfigurationError, StoreUnavailableError
+from tests.programs import ROOT, checkpoints
+
+EXAMPLE = re.findall(r"```python\n(.*?)```", (ROOT / "docs/checkpoints.md").read_text(), re.S)[0]
+
+
+def run_example(folder: Path, *, killed_at: int = 0) -> int:
+    """The example as it stands, in a process of its own; SIGKILL at a step if asked to."""
+    program = EXAMPLE
+    if killed_at:
+        kill = f"        if step == {killed_at}:\n            run._saver.finish()\n"
+        kill += (
+            f"            __import__('os').kill(__import__('os').getpid(), {signal.SIGKILL:d})\n"
+        )
+        head, loop, rest = program.partition("        model(torch.randn")
+        program = head + kill + loop + rest
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    folder.mkdir(exist_ok=True)
+    return subprocess.run(
+        [sys.executable, "-c", program], cwd=folder, env=environment, timeout=120
+    ).returncode
+
+
+def test_the_example_is_short() -> None:
+    loop = EXAMPLE.partition("with Checkpoints")[2]
+    assert len(loop.splitlines()) <= 10
+
+
+def test_the_example_killed_ends_with_the_bits_of_an_unbroken_run(tmp_path: Path) -> None:
+    assert run_example(tmp_path / "unbroken") == 0
+    for step in (60, 130, 199):
+        assert run_example(tmp_path / "killed", killed_at=step) == -signal.SIGKILL
+    assert run_example(tmp_path / "killed") == 0
+    unbroken, killed = (checkpoints(tmp_path / n / "runs/mine")[-1] for n in ("unbroken", "killed"))
+    assert unbroken.step == killed.step == 200
+    assert killed.digest == unbroken.digest
+
+
+class Count:
+    """A part that counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"count": self.count, "memory": torch.full((3,), float(self.count))}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert torch.equal(state["memory"], torch.full((3,), float(state["count"])))
+        self.count = state["count"]
+
+
+def test_parts_and_generators_come_back(tmp_path: Path) -> None:
+    before = generators()
+    part = Count()
+    with Checkpoints(str(tmp_path / "run"), {"count": part}) as run:
+        assert run.step == 0
+        part.count = 5
+        run.save(5)
+        expected = torch.rand(3)
+    part = Count()
+    with Checkpoints(str(tmp_path / "run"), {"count": part}) as run:
+        assert (run.step, part.count) == (5, 5)
+        assert torch.equal(torch.rand(3), expected)
+    restore_generators(before)
+
+
+def test_a_second_process_is_refused_or_takes_over(tmp_path: Path) -> None:
+    place = str(tmp_path / "run")
+    with Checkpoints(place, {"count": Count()}) as first:
+        first.save(1)
+        first._saver.finish()
+        with Checkpoints(place, {"count": Count()}, take_over=True) as second:
+            assert second.step == 1
+
+
+def test_other_parts_are_refused(tmp_path: Path) -> None:
+    with Checkpoints(str(tmp_path / "run"), {"count": Count()}) as run:
+        run.save(1)
+    refused = pytest.raises(ConfigurationError, match=r"holds \['count'\], expected \['other'\]")
+    with refused, Checkpoints(str(tmp_path / "run"), {"other": Count()}):
+        pass
+
+
+def test_a_last_save_that_fails_is_an_error(tmp_path: Path) -> None:
+    place = tmp_path / "run"
+    refused = pytest.raises(StoreUnavailableError, match="step 2 could not be saved")
+    with refused, Checkpoints(str(place), {"count": Count()}) as run:
+        run.save(1)
+        run._saver.finish()
+        shutil.rmtree(place / "checkpoints")
+        (place / "checkpoints").write_text("no folder any more")
+        run.save(2)
