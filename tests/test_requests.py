@@ -1,6 +1,8 @@
 """What operators ask of a run that trains is done, and answered once it is done."""
 
 import json
+import os
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from launch.running import Keeper
 from launch.world import World
 from storage.log import Log
 from storage.store import LocalStore, open_store
-from tests.programs import checkpoints, final_digest, train_here
+from tests.programs import TIMEOUT_SECONDS, checkpoints, final_digest, train_here
 
 SHAPE = (
     "--max_steps=8",
@@ -54,10 +56,14 @@ def train_asked(run: Path, what: str, at_step: int) -> int:
 
 def _wait_for_beats(run: Path, more: int) -> None:
     """Until so many more heartbeats have been written, each followed by a look for requests."""
-    beats = run / "beats"
-    first = max(json.loads(p.read_text())["count"] for p in beats.glob("*.json"))
-    while max(json.loads(p.read_text())["count"] for p in beats.glob("*.json")) <= first + more:
-        pass
+
+    def count() -> int:
+        return max(json.loads(p.read_text())["count"] for p in (run / "beats").glob("*.json"))
+
+    first, deadline = count(), time.monotonic() + TIMEOUT_SECONDS
+    while count() <= first + more:
+        assert time.monotonic() < deadline, "no heartbeat in all this time"
+        os.sched_yield()
 
 
 def test_a_save_is_made_when_an_operator_asks(tmp_path: Path) -> None:
