@@ -15,7 +15,7 @@ import torch
 from checkpointing.beats import Beats
 from checkpointing.generators import generators, restore_generators
 from checkpointing.group import Solo
-from checkpointing.incarnation import claim_run
+from checkpointing.incarnation import Incarnation, claim_run
 from checkpointing.load import Loaded
 from checkpointing.naming import RUN_KEY, create_run, read_run
 from checkpointing.restore import restore
@@ -74,7 +74,7 @@ class Checkpoints:
                 owner,
                 Solo(),
                 parent=loaded.checkpoint.index if loaded is not None else None,
-                after_commit=lambda _: retire(self._store, owner, self._policy),
+                after_commit=lambda _: self._shorten(owner),
             )
             stack.enter_context(self._saver)
             self._stack = stack.pop_all()
@@ -120,6 +120,11 @@ class Checkpoints:
     def before_update(self) -> None:
         """Call before the optimizer's step: the copy of the state may be under way."""
         self._saver.wait_for_copy()
+
+    def _shorten(self, owner: Incarnation) -> None:
+        """Retire what the policy lets go, and keep the log quick to open."""
+        retire(self._store, owner, self._policy)
+        owner.shorten(lambda: self._store.list("checkpoints/"))
 
     def _put_back(self, loaded: Loaded) -> None:
         """The parts as they were; generators last."""

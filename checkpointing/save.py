@@ -10,12 +10,11 @@ Covers: one save in flight, in memory allocated once; a save that begins while a
 Does not cover: deciding when to save; the loop does.
 """
 
-import concurrent.futures
 import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -28,6 +27,7 @@ from checkpointing.incarnation import Incarnation
 from checkpointing.layout import Spec, share, specs_of
 from checkpointing.snapshot import Arena, Snapshot
 from checkpointing.write import Around, Job, write
+from storage.errors import FencedError, StoreUnavailableError
 from storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class Saver:
     `group` must not be used by anybody else meanwhile. Every rank makes the same calls in the same
     order. With one arena a second `begin` waits for the end of the first save. `before_commit` and
     `after_commit` are called on the writing thread of rank 0, the first when everything is
-    uploaded, the second with the checkpoint.
+    uploaded, the second with the checkpoint; a store that fails the second ends nothing.
     """
 
     def __init__(
@@ -84,6 +84,7 @@ class Saver:
         self._writes: list[tuple[Future[None], threading.Event]] = []
         self._error: BaseException | None = None
         self._outage = False
+        self._left_over = False
         self.newest: Checkpoint | None = None
         """The newest checkpoint that this saver has committed; on rank 0."""
         self.newest_step: int | None = None
@@ -197,7 +198,7 @@ class Saver:
                 self._recovered(job.step)
                 committed = history(self._incarnation.records).checkpoints
                 self.newest = next(c for c in committed if c.index == index)
-                self._after_commit(self.newest)
+                self._follow(self.newest)
         except BaseException as error:
             self._error = error
         finally:
@@ -212,15 +213,32 @@ class Saver:
             objects = share(specs, self._group.rank, self._group.size)
             pinned = any(tensor.is_cuda for tensor in state.tensors.values())
             self._free = [Arena(objects, pinned=pinned) for _ in range(self._arenas)]
-        if not self._free:
-            self._writes[0][0].result()
+        while not self._free:
+            self._wait_a_while()
         return self._free.pop()
 
     def _drain(self) -> None:
-        for future, _ in self._writes:
-            while not future.done():  # in short waits, between which signals are heard
-                concurrent.futures.wait([future], timeout=1.0)
-            future.result()
+        while self.busy:
+            self._wait_a_while()
+
+    def _wait_a_while(self) -> None:
+        """Until a save ends, or a second: signals are heard only between waits."""
+        saves = [future for future, _ in self._writes if not future.done()]
+        wait(saves, timeout=1.0, return_when=FIRST_COMPLETED)
+
+    def _follow(self, checkpoint: Checkpoint) -> None:
+        """What comes after a commit; what fails of it is done after the next."""
+        try:
+            self._after_commit(checkpoint)
+            self._left_over = False
+        except StoreUnavailableError as error:
+            # Once is the beginning of an outage, of which the next save tells.
+            level = logging.WARNING if self._left_over else logging.INFO
+            what = "step %d is saved, and not all that follows: %s"
+            logger.log(level, what, checkpoint.step, error)
+            self._left_over = True
+        except FencedError:
+            return  # the next save says so, on all ranks together
 
     def _failing(self, step: int, reason: str) -> None:
         """Tell the operator once; what follows until a save succeeds is the same outage."""

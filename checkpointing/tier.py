@@ -21,7 +21,7 @@ from checkpointing.naming import RUN_KEY
 from checkpointing.save import TrainingState, save
 from storage.canonical import sha256_hex
 from storage.errors import IntegrityError, StoreUnavailableError
-from storage.log import Log, begins_replay
+from storage.log import Log, Record, record_key
 from storage.store import LocalStore, Store
 
 logger = logging.getLogger(__name__)
@@ -52,12 +52,10 @@ def clear_tier(tier: Store) -> None:
         tier.delete(key)
 
 
-def drop_old_records(tier: Store) -> None:
+def drop_records_before(tier: Store, base: Record) -> None:
     """Delete the tier's records before its newest BASE, but for its CLAIM: memory is dear here."""
-    keys = tier.list("log/")
-    bases = [record.index for record in Log(tier).refresh() if begins_replay(record)]
-    for key in keys[1:]:
-        if bases and int(Path(key).stem) < bases[-1]:
+    for key in tier.list("log/")[1:]:
+        if key < record_key(base.index):
             tier.delete(key)
 
 

@@ -28,7 +28,7 @@ from checkpointing.tier import (
     adopt,
     claim_tier,
     clear_tier,
-    drop_old_records,
+    drop_records_before,
     for_tier,
     tier_store,
 )
@@ -79,7 +79,6 @@ class Keeper:
         self._last_save = clock()
         self._put_off = 0
         self._curves_wait = False
-        self._left_over = False
         self._tokens_in_step = config.batch.global_batch_size * config.model.context
         self._cost = SaveCost()
         self._begun = False
@@ -235,29 +234,14 @@ class Keeper:
         )
         incarnation = self._incarnation
         assert incarnation is not None, "rank 0 commits"
-        try:
-            retire(
-                self._store,
-                incarnation,
-                self._config.retention,
-                announce=self._phase.aside,
-            )
-            incarnation.shorten(lambda: self._store.list("checkpoints/"))
-            with self._lock:
-                answered, self._answering = self._answering, []
-            for request in answered:
-                self._inbox.answered(request)
-            self._left_over = False
-        except StoreUnavailableError as error:
-            # Once is the beginning of an outage, of which the next save tells.
-            level = logging.WARNING if self._left_over else logging.INFO
-            what = "step %d is saved, and not all that follows: %s"
-            logger.log(level, what, checkpoint.step, error)
-            self._left_over = True
-        except FencedError:
-            return  # the next save says so, on all ranks together
         self._past = history(incarnation.records)
         self._mean_seconds = mean_time_between_preemptions(self._past, time.time())
+        with self._lock:
+            answered, self._answering = self._answering, []
+        for request in answered:
+            self._inbox.answered(request)
+        retire(self._store, incarnation, self._config.retention, announce=self._phase.aside)
+        incarnation.shorten(lambda: self._store.list("checkpoints/"))
 
 
 def loop_config(config: RunConfig) -> LoopConfig:
@@ -277,12 +261,10 @@ class Tier:
     def retire(self) -> None:
         """Keep the newest snapshots."""
         assert self.owner is not None, "rank 0 commits"
-        try:
-            retire(self.store, self.owner, RetentionConfig(keep_last=2))
-            if self.owner.shorten(lambda: self.store.list("checkpoints/")):
-                drop_old_records(self.store)
-        except StoreUnavailableError as error:
-            logger.warning("old local snapshots stay for now: %s", error)
+        retire(self.store, self.owner, RetentionConfig(keep_last=2))
+        base = self.owner.shorten(lambda: self.store.list("checkpoints/"))
+        if base is not None:
+            drop_records_before(self.store, base)
 
     def clear(self) -> None:
         """Remove everything. For rank 0."""

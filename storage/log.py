@@ -151,7 +151,7 @@ class Log:
             record = self._complete(draft)
             index = record.index
             try:
-                self._store.put_if_absent(_key(index), _encode(record))
+                self._store.put_if_absent(record_key(index), _encode(record))
             except StoreUnavailableError:
                 if not self.holds(record):  # the response was lost, or the request was
                     raise
@@ -223,12 +223,12 @@ class Log:
             stride = (high - low) // (_READERS + 1)
             far = high - low > _PAGE
             probes = [low + stride * n for n in range(1, _READERS + 1)] if far else []
-        keys = self._store.list("log/", start_after=_key(low) if low else "")
+        keys = self._store.list("log/", start_after=record_key(low) if low else "")
         return max([low, *(_index_of(key) for key in keys)])
 
     def _exists(self, index: int) -> bool:
         try:
-            self._store.stat(_key(index))
+            self._store.stat(record_key(index))
         except FileNotFoundError:
             return False
         return True
@@ -270,7 +270,7 @@ class Log:
 
     def _read(self, index: int) -> bytes | None:
         try:
-            return self._store.get(_key(index))
+            return self._store.get(record_key(index))
         except FileNotFoundError:
             return None
 
@@ -361,13 +361,14 @@ class Log:
             self.refresh()
 
 
-def _key(index: int) -> str:
+def record_key(index: int) -> str:
+    """The key of a slot; keys sort as slots do."""
     return f"log/{index:010d}.json"
 
 
 def _index_of(key: str) -> int:
     name = key.removeprefix("log/").removesuffix(".json")
-    return int(name) if name.isdigit() and key == _key(int(name)) else 0
+    return int(name) if name.isdigit() and key == record_key(int(name)) else 0
 
 
 def _highest_known(record: Record) -> int:

@@ -106,3 +106,15 @@ def test_a_last_save_that_fails_is_an_error(tmp_path: Path) -> None:
         shutil.rmtree(place / "checkpoints")
         (place / "checkpoints").write_text("no folder any more")
         run.save(2)
+
+
+def test_what_cannot_be_retired_stops_no_loop(tmp_path: Path) -> None:
+    """A store that fails after a commit has not failed the commit."""
+    place = tmp_path / "run"
+    with Checkpoints(str(place), {"count": Count()}, keep_last=2) as run:
+        (place / "pins").mkdir()
+        (place / "pins" / "loop.json").symlink_to("loop.json")  # cannot be opened: ELOOP
+        for step in range(1, 6):
+            run.save(step)
+            run._saver.finish()
+    assert [c.step for c in checkpoints(place)] == [1, 2, 3, 4, 5]
