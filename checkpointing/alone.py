@@ -127,14 +127,15 @@ class Checkpoints:
         owner.shorten(lambda: self._store.list("checkpoints/"))
 
     def _put_back(self, loaded: Loaded) -> None:
-        """The parts as they were; generators last."""
+        """The parts as they were; they may keep what they are given. Generators last."""
         stored = loaded.exact.get("parts", {})
         if stored.keys() != self._parts.keys():
             raise ConfigurationError(
                 f"the checkpoint holds {sorted(stored)}, expected {sorted(self._parts)}: give the "
                 "same parts, or another place"
             )
+        tensors = {name: tensor.clone() for name, tensor in loaded.tensors.items()}
         for name, part in self._parts.items():
-            part.load_state_dict(put_together(stored[name], loaded.tensors))
+            part.load_state_dict(put_together(stored[name], tensors))
         restore_generators(loaded.extra["generators"])
         self._step = int(loaded.exact["step"])

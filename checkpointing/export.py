@@ -15,7 +15,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -136,6 +136,8 @@ def end_of_text(tokenizer: Mapping[str, Any]) -> int | None:
     """The id that closes a document, by a tokenizer's spec; None for one not known here."""
     if tokenizer.get("kind") == "characters":
         return len(tokenizer["characters"])
+    if isinstance(tokenizer.get("end_of_text"), int):
+        return int(tokenizer["end_of_text"])
     return _END_OF_TEXT.get(str(tokenizer.get("kind")))
 
 
@@ -161,6 +163,8 @@ def _read(
     with pinned(store, log, partial(chosen, name=step)) as checkpoint:
         announce("export:pinned")
         loaded = load(store, checkpoint)
+        weights = {n: t.clone() for n, t in loaded.tensors.items() if n.startswith("model.")}
+        loaded = replace(loaded, tensors=weights)  # what is not copied is read when it is used
     return about["run"], loaded, _model_fields(about["identity"], log, checkpoint)
 
 

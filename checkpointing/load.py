@@ -1,18 +1,25 @@
-"""Reads one checkpoint, and believes no byte of it before its digest is checked."""
+"""Reads one checkpoint, and believes no byte of it before its digest is checked.
 
+Does not cover: a local disk that answers otherwise when it is read again. What lies whole in a file
+is mapped, not copied; where memory is so short that the system drops pages between the check and
+their use, they come from the disk a second time.
+"""
+
+import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 
-from checkpointing.digest import CHUNK_BYTES, checkpoint_digest, chunk_digests, dtype_named
+from checkpointing.digest import CHUNK_BYTES, checkpoint_digest, dtype_named
 from checkpointing.group import Group
 from checkpointing.history import Checkpoint
 from checkpointing.layout import ObjectLayout, Piece, Spec, described
@@ -25,11 +32,12 @@ from storage.store import Store
 _KEY = re.compile(r"checkpoints/g\d{4,}/s\d{8,}-[0-9a-f]{12}/(r\d{3,}-p\d{2,}\.safetensors)")
 _MANIFEST_BYTES = 256 * 2**20
 _READS_IN_FLIGHT = 4
+_SCRATCH_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loaded:
-    """A verified checkpoint: tensors in CPU memory by name, and the JSON beside them."""
+    """A verified checkpoint: CPU tensors by name, and the JSON beside them."""
 
     checkpoint: Checkpoint
     tensors: dict[str, torch.Tensor]
@@ -41,6 +49,8 @@ class Loaded:
 def load(store: Store, checkpoint: Checkpoint, *, rank: int = 0, size: int = 1) -> Loaded:
     """The checkpoint, every byte verified.
 
+    What lies whole in a local file is not copied: its tensor is the file, mapped, and what is
+    written to it stays in memory. Copy the tensors to where they are used, and let them go.
     With a `size`, only the objects whose number is `rank` modulo `size` are read; the others' bytes
     are not there until `spread` has brought them.
     Raises IntegrityError when an object is missing, cut, changed or exchanged, naming it, and
@@ -52,10 +62,9 @@ def load(store: Store, checkpoint: Checkpoint, *, rank: int = 0, size: int = 1) 
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise IntegrityError(f"{checkpoint.manifest_key} is no manifest: {error!r}") from error
     tensors = {name: _empty(spec) for name, spec in specs.items()}
-    places = {name: flat_bytes(tensor) for name, tensor in tensors.items()}
 
     def read(key: str) -> None:
-        _read_object(store, key, layouts[key], places, manifest["tensors"])
+        _read_object(store, key, layouts[key], specs, tensors, manifest["tensors"])
 
     with ThreadPoolExecutor(_READS_IN_FLIGHT, thread_name_prefix="load") as pool:
         list(pool.map(read, list(layouts)[rank::size]))
@@ -159,55 +168,103 @@ def _empty(spec: Spec) -> torch.Tensor:
     return torch.empty(spec.shape, dtype=dtype_named(spec.dtype))
 
 
+def _tensor(spec: Spec, data: memoryview) -> torch.Tensor:
+    """The tensor that these bytes are, not a copy."""
+    dtype = dtype_named(spec.dtype)
+    assert dtype is not None, "specs have dtypes that a checkpoint may hold"
+    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(spec.shape)
+
+
 def _read_object(
     store: Store,
     key: str,
     layout: ObjectLayout,
-    places: Mapping[str, torch.Tensor],
+    specs: Mapping[str, Spec],
+    tensors: dict[str, torch.Tensor],
     table: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Read an object into its tensors, and verify its header and every chunk."""
-    with _opened(store, key, layout.size_bytes) as fill:
-        header = bytearray(len(layout.header))
-        fill(memoryview(header))
+    """Read an object, verify its header and every chunk, and put its pieces where they belong."""
+    with _opened(store, key, layout.size_bytes) as source:
+        header = memoryview(bytearray(len(layout.header)))
+        source.fill(header)
         if header != layout.header:
             raise IntegrityError(f"{key} is damaged: its header is not that of its manifest")
-        for piece in layout.pieces:
-            place = memoryview(places[piece.tensor].numpy())[piece.start : piece.stop]  # type: ignore[arg-type]
+        for piece, offset in layout.offsets():
+            spec = specs[piece.tensor]
+            mapped = source.mapped is not None and 0 < spec.size_bytes == piece.stop - piece.start
+            if mapped:
+                assert source.mapped is not None, "as just seen"
+                whole = source.mapped[offset : offset + spec.size_bytes]
+                tensors[piece.tensor] = _tensor(spec, whole)
+            place = memoryview(flat_bytes(tensors[piece.tensor]).numpy())  # type: ignore[arg-type]
             for number in piece.chunks:
-                start = number * CHUNK_BYTES - piece.start
-                chunk = place[start : start + CHUNK_BYTES]
-                fill(chunk)
-                if chunk_digests(chunk) != [table[piece.tensor]["chunks"][number]]:
+                start = number * CHUNK_BYTES
+                chunk = place[start : min(start + CHUNK_BYTES, piece.stop)]
+                found = source.sha256(len(chunk)) if mapped else source.fill(chunk)
+                if found != table[piece.tensor]["chunks"][number]:
                     raise IntegrityError(
-                        f"{key} is damaged: bytes {number * CHUNK_BYTES} and following of "
-                        f"{piece.tensor} do not have their sha256"
+                        f"{key} is damaged: bytes {start} and following of {piece.tensor} do not "
+                        "have their sha256"
                     )
 
 
+def _mapped(path: Path, size_bytes: int) -> memoryview:
+    """A file as memory: what is written there stays there. Python's mmap would keep it open too."""
+    flat = torch.from_file(str(path), shared=False, size=size_bytes, dtype=torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
+
+
+class _Source:
+    """The bytes of an object from its first to its last, and the memory that they are mapped to."""
+
+    def __init__(self, key: str, file: BinaryIO, mapped: memoryview | None) -> None:
+        self._key = key
+        self._file = file
+        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self.mapped = mapped
+
+    def fill(self, place: memoryview) -> str:
+        """Put the next bytes there; their sha256."""
+        rest = place
+        while rest:
+            rest = rest[self._read(rest) :]
+        return sha256_hex(place)
+
+    def sha256(self, size: int) -> str:
+        """The sha256 of the next bytes, which stay where they are mapped."""
+        digest = hashlib.sha256()
+        while size:
+            read = self._read(self._scratch[:size])
+            digest.update(self._scratch[:read])
+            size -= read
+        return digest.hexdigest()
+
+    def _read(self, place: memoryview) -> int:
+        read = self._file.readinto(place)  # type: ignore[attr-defined]
+        if not read:
+            raise IntegrityError(f"{self._key} ends too early")
+        return int(read)
+
+
 @contextmanager
-def _opened(store: Store, key: str, size_bytes: int) -> Iterator[Callable[[memoryview], None]]:
-    """A function that fills memory with the object's next bytes; a local file without copies."""
+def _opened(store: Store, key: str, size_bytes: int) -> Iterator[_Source]:
+    """The object, if it has the size that it should have."""
     path = store.local_path(key)
     try:
         with (
             open(path, "rb", buffering=0)
             if path is not None
             else io.BytesIO(store.get(key, 0, size_bytes + 1))
-        ) as source:
-            found = source.seek(0, os.SEEK_END)
-            source.seek(0)
+        ) as file:
+            found = file.seek(0, os.SEEK_END)
+            file.seek(0)
             if found != size_bytes:
                 raise IntegrityError(f"{key} has {found} bytes, expected {size_bytes}")
-
-            def fill(place: memoryview) -> None:
-                while place:
-                    read = source.readinto(place)
-                    if not read:
-                        raise IntegrityError(f"{key} ends too early")
-                    place = place[read:]
-
-            yield fill
+            mapped = None
+            if path is not None:
+                with suppress(RuntimeError):  # some file systems map no files
+                    mapped = _mapped(path, size_bytes)
+            yield _Source(key, file, mapped)
     except FileNotFoundError as error:
         raise IntegrityError(f"{key} is missing") from error
     except OSError as error:

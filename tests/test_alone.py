@@ -118,3 +118,19 @@ def test_what_cannot_be_retired_stops_no_loop(tmp_path: Path) -> None:
             run.save(step)
             run._saver.finish()
     assert [c.step for c in checkpoints(place)] == [1, 2, 3, 4, 5]
+
+
+def test_what_parts_keep_is_no_file_of_the_checkpoint(tmp_path: Path) -> None:
+    """A deleted file that is mapped takes its space on the disk until the process ends."""
+    model = torch.nn.Linear(8, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    parts = {"model": model, "optimizer": optimizer}
+    with Checkpoints(str(tmp_path), parts) as run:
+        model(torch.ones(8)).sum().backward()
+        run.before_update()
+        optimizer.step()
+        run.save(1)
+    with Checkpoints(str(tmp_path), parts):
+        assert optimizer.state
+        maps = Path("/proc/self/maps").read_text()
+        assert not re.search(rf"{tmp_path}\S*safetensors", maps)

@@ -9,6 +9,7 @@ import torch
 
 from checkpointing.history import history
 from checkpointing.layout import ObjectLayout
+from checkpointing.snapshot import flat_bytes
 from storage.log import Log
 from storage.store import Store, open_store
 from tests.conftest import Interrupted
@@ -129,10 +130,12 @@ def _unverified(
     store: Store,
     key: str,
     layout: ObjectLayout,
-    places: Mapping[str, torch.Tensor],
+    specs: object,
+    tensors: Mapping[str, torch.Tensor],
     table: object,
 ) -> None:
     data = torch.frombuffer(bytearray(store.get(key)), dtype=torch.uint8)
     for piece, offset in layout.offsets():
         size = piece.stop - piece.start
-        places[piece.tensor][piece.start : piece.stop] = data[offset : offset + size]
+        place = flat_bytes(tensors[piece.tensor])
+        place[piece.start : piece.stop] = data[offset : offset + size]

@@ -16,14 +16,20 @@ from checkpointing.export import _write_weights, end_of_text, export, main
 from checkpointing.history import history
 from checkpointing.load import load
 from checkpointing.pins import pinned_checkpoints
-from data_service.tokenizer import ByteTokenizer, CharacterTokenizer, Gpt2Tokenizer
+from data_service.tokenizer import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharacterTokenizer,
+    Gpt2Tokenizer,
+)
 from storage.canonical import canonical_json, sha256_hex
 from storage.errors import ConfigurationError, IntegrityError
 from storage.log import Draft, Log
 from storage.store import open_store
 from tests.gpt2_reference import TOLERANCE, as_gpt2, logits_of_both
 from tests.programs import checkpoints, train_here
-from trainer.model import GPT, ModelConfig, token_losses
+from trainer.losses import token_losses
+from trainer.model import GPT, ModelConfig
 from trainer.sample import sample
 from trainer.state import restore_model
 
@@ -154,7 +160,8 @@ def test_the_config_is_that_of_gpt2(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_end_of_text_is_that_of_the_tokenizer() -> None:
-    for tokenizer in (ByteTokenizer(), Gpt2Tokenizer(), CharacterTokenizer("abc")):
+    made = (ByteTokenizer(chat=True), CharacterTokenizer("abc"), BpeTokenizer([b"ab"]))
+    for tokenizer in (ByteTokenizer(), Gpt2Tokenizer(), *made):
         assert end_of_text(tokenizer.spec()) == tokenizer.end_of_text
     assert end_of_text({"kind": "of the future"}) is None
 

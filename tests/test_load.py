@@ -1,6 +1,7 @@
 """Loading believes nothing: every byte and every name is checked before it is used."""
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -270,3 +271,54 @@ def test_a_disk_that_fails_is_no_damage(tmp_path: Path) -> None:
     path.symlink_to(path.name)  # cannot be opened: ELOOP
     with pytest.raises(StoreUnavailableError, match="Too many levels of symbolic links"):
         load(store, checkpoint)
+
+
+def test_what_is_written_to_a_loaded_tensor_stays_in_memory(
+    saved: tuple[LocalStore, Checkpoint],
+) -> None:
+    store, checkpoint = saved
+    for tensor in load(store, checkpoint).tensors.values():
+        tensor.fill_(1)
+    again = load(store, checkpoint).tensors
+    assert all(torch.equal(again[name], tensor) for name, tensor in state().tensors.items())
+
+
+def test_loaded_tensors_outlive_their_objects(saved: tuple[LocalStore, Checkpoint]) -> None:
+    """Retention may delete a checkpoint while somebody still copies from it."""
+    store, checkpoint = saved
+    loaded = load(store, checkpoint).tensors
+    for key in objects_of(store, checkpoint):
+        store.delete(key)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state().tensors.items())
+
+
+def test_what_lies_whole_in_a_local_file_is_mapped_and_keeps_no_file_open(
+    saved: tuple[LocalStore, Checkpoint],
+) -> None:
+    store, checkpoint = saved
+    before = len(os.listdir("/proc/self/fd"))
+    loaded = load(store, checkpoint)
+    path = store.local_path(objects_of(store, checkpoint)[0])
+    assert (str(path) in Path("/proc/self/maps").read_text()) == (path is not None)
+    assert len(os.listdir("/proc/self/fd")) == before
+    del loaded
+    assert str(path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_chunk_is_verified_over_several_reads(
+    saved: tuple[LocalStore, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("checkpointing.load._SCRATCH_BYTES", 100)
+    loaded = load(*saved).tensors
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state().tensors.items())
+
+
+def test_a_file_system_that_maps_no_files_is_read(
+    saved: tuple[LocalStore, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to mmap 4096 bytes from file: No such device (19)")
+
+    monkeypatch.setattr("checkpointing.load.torch.from_file", refuse)
+    loaded = load(*saved).tensors
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state().tensors.items())

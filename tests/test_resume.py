@@ -1,5 +1,6 @@
 """Every part of a checkpoint is needed: with any one left out, a resumed run ends elsewhere."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,3 +99,20 @@ def test_a_run_that_is_moved_goes_on_with_the_same_bits(
     (tmp_path / "here").rename(tmp_path / "there")
     assert train_here("--run", tmp_path / "there", *arguments) == 0
     assert final_digest(tmp_path / "there") == final_digest(tmp_path / "unbroken")
+
+
+def test_a_run_that_goes_on_holds_no_file_of_the_checkpoint(
+    tmp_path: Path, data: tuple[str, ...], interrupt: Interrupt
+) -> None:
+    """A deleted file that is mapped takes its space on the disk until the process ends."""
+    with pytest.raises(Interrupted):
+        train_here("--run", tmp_path, *data, *SHAPE, listener=interrupt("update:before", 7))
+    held: set[str] = set()
+
+    def look(phase: str, step: int) -> None:
+        if phase == "update:after":
+            maps = Path("/proc/self/maps").read_text()
+            held.update(re.findall(rf"{tmp_path}\S*safetensors", maps))
+
+    assert train_here("--run", tmp_path, *data, *SHAPE, listener=look) == 0
+    assert held == set()
