@@ -28,6 +28,7 @@ from benchmarks.process_saver import ProcessSaver
 from checkpointing.group import Solo
 from checkpointing.history import Checkpoint
 from checkpointing.incarnation import claim_run
+from checkpointing.retention import RetentionConfig, retire
 from checkpointing.save import Saver, TrainingState
 from storage.log import Log
 from storage.store import LocalStore
@@ -160,9 +161,9 @@ class Ours:
 
     def __init__(self, folder: Path) -> None:
         self.store = LocalStore(folder)
-        incarnation = claim_run(self.store, Log(self.store), body={}, take_over=True)
+        self._owner = claim_run(self.store, Log(self.store), body={}, take_over=True)
         self._durable_at: float | None = None
-        self._saver = Saver(self.store, incarnation, Solo(), after_commit=self._committed)
+        self._saver = Saver(self.store, self._owner, Solo(), after_commit=self._committed)
         self.newest: Checkpoint | None = None
 
     def begin(self, tensors: Tensors, step: int) -> None:
@@ -191,6 +192,8 @@ class Ours:
     def _committed(self, checkpoint: Checkpoint) -> None:
         self._durable_at = time.perf_counter()
         self.newest = checkpoint
+        retire(self.store, self._owner, RetentionConfig())
+        self._owner.shorten(lambda: self.store.list("checkpoints/"))
 
 
 class OursInProcess:

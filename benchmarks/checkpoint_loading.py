@@ -19,6 +19,7 @@ from checkpointing.load import load
 from storage.log import Log
 from storage.store import LocalStore
 
+IN_PLACE = "load and put in place"
 OURS_LOAD = "rangeflow, verified"
 TORCH_LOAD = "torch.load"
 MMAP_LOAD = "torch.load(mmap=True), touched"
@@ -36,6 +37,7 @@ def loading_rows(training: Training, folder: Path, repeats: int) -> list[Row]:
         OURS_LOAD: lambda: load(store, checkpoint).tensors,
     }
     seconds: dict[tuple[str, str], list[float]] = {}
+    state = {name: tensor.clone() for name, tensor in training.tensors.items()}
     names = list(ways)
     for number in range(repeats + 1):
         for cache in ("warm", "cold"):
@@ -44,21 +46,26 @@ def loading_rows(training: Training, folder: Path, repeats: int) -> list[Row]:
                 prepare_cache(folder, cache)
                 begun = time.perf_counter()
                 tensors = ways[name]()
-                took = time.perf_counter() - begun
+                loaded = time.perf_counter()
+                for key, own in state.items():
+                    own.copy_(tensors[key])
+                ended = time.perf_counter()
                 if number == 0:  # checks, and is not counted
                     assert all(torch.equal(tensors[n], t) for n, t in training.tensors.items())
                 else:
-                    seconds.setdefault((cache, name), []).append(took)
+                    seconds.setdefault((f"load, {cache}", name), []).append(loaded - begun)
+                    figure = f"{IN_PLACE}, {cache}"
+                    seconds.setdefault((figure, name), []).append(ended - begun)
                 del tensors
     return [
         Row(
-            figure=f"load, {cache}",
+            figure=figure,
             contestant=name,
             values=tuple(values),
             unit="s",
             against=TORCH_LOAD,
         )
-        for (cache, name), values in sorted(seconds.items(), reverse=True)
+        for (figure, name), values in sorted(seconds.items(), reverse=True)
     ]
 
 

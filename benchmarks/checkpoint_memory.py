@@ -38,17 +38,15 @@ def measured(name: str, *, saves: int, size: str, folder: Path) -> dict[str, Any
     return found
 
 
-def slope(values: list[float]) -> tuple[float, float]:
-    """Least squares through values one step apart: the slope, and its standard error."""
-    count = len(values)
-    if count < 3:
-        return 0.0, 0.0
-    xs = range(count)
-    mean_x, mean_y = statistics.fmean(xs), statistics.fmean(values)
-    spread = sum((x - mean_x) ** 2 for x in xs)
-    found = sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, values, strict=True)) / spread
-    rest = sum((y - mean_y - found * (x - mean_x)) ** 2 for x, y in zip(xs, values, strict=True))
-    return float(found), float((rest / (count - 2) / spread) ** 0.5)
+def growth(values: list[float]) -> float:
+    """How much more a reading of the last third is than one of the middle third, by save.
+
+    The first third is left out: allocators settle. A third should be many saves: the log's records
+    take memory until it is restated (BASE), every fifty saves or so.
+    """
+    third = len(values) // 3
+    middle, last = values[third : 2 * third], values[2 * third :]
+    return (statistics.fmean(last) - statistics.fmean(middle)) / third
 
 
 class Peak:
@@ -77,10 +75,11 @@ class Peak:
             self.bytes = max(self.bytes, memory_bytes())
 
 
-def memory_bytes() -> int:
-    """Anonymous and shared memory of this process and all its descendants."""
+def memory_bytes(root: int | None = None) -> int:
+    """Anonymous and shared memory of a process (this one if none is given) and its descendants."""
+    root = os.getpid() if root is None else root
     total = 0
-    for process in (os.getpid(), *descendants(os.getpid())):
+    for process in (root, *descendants(root)):
         try:
             text = Path(f"/proc/{process}/smaps_rollup").read_text()
         except OSError:

@@ -1,53 +1,55 @@
 """Under torchrun: how long until every rank has the state, reading it all or 1/N and broadcasting.
 
-`torchrun --nproc_per_node=2 -m benchmarks.checkpoint_ranks RUN REPEATS ANSWER.json`. The second
-way is a prototype on `checkpointing.load`'s parts: it is here to be measured.
+`torchrun --nproc_per_node=2 -m benchmarks.checkpoint_ranks RUN REPEATS ANSWER.json`. From a disk
+the product does the first, from a bucket the second.
 """
 
 import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.checkpoint_loading import prepare_cache
-from checkpointing import load as loading
 from checkpointing.history import Checkpoint, history
-from checkpointing.snapshot import flat_bytes
+from checkpointing.load import load, spread
 from storage.log import Log
 from storage.store import LocalStore
 
 
 def read_all(store: LocalStore, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     """Each rank reads and verifies everything."""
-    return loading.load(store, checkpoint).tensors
+    return load(store, checkpoint).tensors
 
 
 def read_share_and_broadcast(store: LocalStore, checkpoint: Checkpoint) -> Mapping[str, Tensor]:
     """Each rank reads and verifies every Nth object, and sends its pieces to the others."""
-    manifest = loading.read_manifest(store, checkpoint)
-    specs, layouts = loading._plan(manifest, checkpoint.manifest_key)
-    tensors = {name: loading._empty(spec) for name, spec in specs.items()}
-    places = {name: flat_bytes(tensor) for name, tensor in tensors.items()}
-    keys, rank, size = list(layouts), dist.get_rank(), dist.get_world_size()
+    loaded = load(store, checkpoint, rank=dist.get_rank(), size=dist.get_world_size())
+    spread(loaded, Peers())
+    return loaded.tensors
 
-    def read(key: str) -> None:
-        loading._read_object(store, key, layouts[key], places, manifest["tensors"])
 
-    with ThreadPoolExecutor(4) as pool:
-        reading = {key: pool.submit(read, key) for key in keys[rank::size]}
-        for number, key in enumerate(keys):
-            if key in reading:
-                reading[key].result()
-            for piece in layouts[key].pieces:
-                place = places[piece.tensor][piece.start : piece.stop]
-                dist.broadcast(place, src=number % size)
-    return tensors
+class Peers:
+    """The ranks, as `checkpointing` sees them."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def gather(self, value: Any) -> list[Any]:
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        return self.gather(value)[0]
+
+    def share(self, place: Tensor, source: int) -> None:
+        dist.broadcast(place, src=source)
 
 
 WAYS: dict[str, Callable[[LocalStore, Checkpoint], Mapping[str, Tensor]]] = {

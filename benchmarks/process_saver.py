@@ -45,9 +45,8 @@ class SharedArena(Arena):
             os.ftruncate(self.descriptor, sum(sizes))
         mapped = mmap.mmap(self.descriptor, sum(sizes))
         self._memory = torch.frombuffer(mapped, dtype=torch.uint8)
-        if is_parent:
-            for number, one in enumerate(objects):
-                self.data(number)[: len(one.header)] = one.header
+        self._making_ready = threading.Lock()
+        self._ready = not is_parent
 
 
 class ProcessSaver:
@@ -150,6 +149,7 @@ def _main(folder: Path, descriptor: int) -> None:
             specs=specs,
             exact={"step": int(line)},
             extra={},
+            cursor=None,
             parent=None,
             healthy=True,
             validation_loss=None,
