@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from checkpointing.beats import BEAT_SECONDS, read_beat
-from checkpointing.display import numbers, plain, size
 from checkpointing.history import Checkpoint, History, history
 from checkpointing.naming import RUN_KEY, read_run
 from checkpointing.owner import provably_gone, this_process
@@ -13,6 +12,7 @@ from checkpointing.pins import all_pins, ended
 from checkpointing.pruning import sizes
 from checkpointing.retention import unneeded
 from checkpointing.verification import damaged_unnoticed
+from storage.display import numbers, plain, size
 from storage.errors import ConfigurationError, IntegrityError, RangeFlowError
 from storage.log import Log
 from storage.probe import Finding, examine

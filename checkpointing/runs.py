@@ -16,7 +16,6 @@ from checkpointing.asks import ask
 from checkpointing.beats import BEAT_SECONDS, read_beat
 from checkpointing.copying import copy_run
 from checkpointing.diagnosis import diagnose
-from checkpointing.display import numbers, plain, print_table, progress_bar, shown_progress, size
 from checkpointing.history import history
 from checkpointing.naming import chosen, read_run
 from checkpointing.overview import description, runs_below
@@ -24,6 +23,7 @@ from checkpointing.pins import all_pins, pin_for_ever, unpin
 from checkpointing.pruning import prune
 from checkpointing.verification import damaged_unnoticed, record_verified, verify
 from storage.commands import run_command
+from storage.display import numbers, plain, print_table, progress_bar, shown_progress, size
 from storage.errors import ConfigurationError
 from storage.log import Log
 from storage.store import Store, open_store

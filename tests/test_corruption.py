@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from checkpointing import incarnation as incarnation_module
-from checkpointing.asks import Inbox, ask
+from checkpointing.asks import KINDS, ask
 from checkpointing.beats import read_beat
 from checkpointing.group import Solo
 from checkpointing.history import history
@@ -28,6 +28,7 @@ from checkpointing.save import TrainingState, save
 from storage.canonical import canonical_json
 from storage.errors import ConfigurationError, NoUsableCheckpointError
 from storage.log import Log
+from storage.requests import Inbox
 from storage.store import LocalStore
 from tests.programs import train_here
 from trainer.metrics import Metrics
@@ -298,7 +299,7 @@ def test_a_damaged_request_is_refused_or_obeyed_and_never_harms(
 ) -> None:
     first, second = (run.root / ask(run, kind) for kind in ("save", "stop"))
     DAMAGES[damage](first, second)
-    inbox = Inbox(run)
+    inbox = Inbox(run, KINDS)
     inbox.pending()
     kinds = {request.kind for request in inbox.pending()}
     assert kinds <= {"save", "stop"} and "stop" in kinds

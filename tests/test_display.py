@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from checkpointing.display import numbers, plain, print_table, progress_bar, shown_progress, size
+from storage.display import numbers, plain, print_table, progress_bar, shown_progress, size
 
 Capture = pytest.CaptureFixture[str]
 
