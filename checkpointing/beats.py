@@ -30,7 +30,7 @@ class Beats:
 
     `place` gives the phase and the step. `fenced` is set once the owner's watcher, which is called
     on this thread, has raised FencedError. `afterwards` is called after each beat, on this thread,
-    while the owner is known to own the run.
+    while the owner is known to own the run. `more` gives what else a beat says.
     """
 
     def __init__(
@@ -46,6 +46,7 @@ class Beats:
         self._left = False
         self._count = 0
         self.afterwards: Callable[[], None] = lambda: None
+        self.more: Callable[[], dict[str, Any]] = dict
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="beats", daemon=True)
         self.fenced = False
@@ -78,6 +79,7 @@ class Beats:
             self._count += 1
             phase, step = self._place()
             beat = {"count": self._count, "phase": phase, "step": step, "left": self._left}
+            beat |= self.more()
             self._store.put(self._key, canonical_json(beat))
             if not self._left:
                 self.afterwards()

@@ -18,7 +18,10 @@ Each takes about 80 bytes of every BASE."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checkpoint:
-    """One committed checkpoint, by the index of its COMMIT record."""
+    """One committed checkpoint, by the index of its COMMIT record.
+
+    `cursor` is what its writer said of the data, None in records of an earlier version.
+    """
 
     index: int
     step: int
@@ -33,6 +36,7 @@ class Checkpoint:
     retired: bool = False
     quarantined: bool = False
     verified: bool = False
+    cursor: dict[str, Any] | None = None
 
     @property
     def live(self) -> bool:
@@ -250,4 +254,5 @@ def _committed(record: Record) -> Checkpoint:
         healthy=body["healthy"],
         validation_loss=body["validation_loss"],
         written_at=record.written_at,
+        cursor=body.get("cursor"),
     )

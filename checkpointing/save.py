@@ -35,15 +35,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainingState:
-    """What a checkpoint holds. `exact` and `extra` are JSON.
+    """What a checkpoint holds. `exact`, `extra` and `cursor` are JSON.
 
     `tensors` and `exact` decide the digest; `extra` (states of random generators) is stored and
-    verified, and left out of the digest.
+    verified, and left out of the digest. `cursor` says where the data stands in a few hundred
+    bytes, and goes into the COMMIT as it is: the log outlives the checkpoints.
     """
 
     tensors: Mapping[str, torch.Tensor]
     exact: Mapping[str, Any]
     extra: Mapping[str, Any]
+    cursor: Mapping[str, Any] | None = None
 
 
 class Saver:
@@ -144,6 +146,7 @@ class Saver:
             specs=self._specs or {},
             exact=dict(state.exact),
             extra=dict(state.extra),
+            cursor=None if state.cursor is None else dict(state.cursor),
             parent=self._parent,
             healthy=healthy,
             validation_loss=validation_loss,

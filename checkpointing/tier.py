@@ -10,6 +10,7 @@ Covers: processes that die while their host lives. Does not cover: several hosts
 """
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,7 @@ def drop_records_before(tier: Store, base: Record) -> None:
 def for_tier(state: TrainingState, past: History) -> TrainingState:
     """The state with what `adopt` must know of the run at this moment. For rank 0."""
     context = {"base": past.live[-1].index if past.live else None, "plans": _plans(past)}
-    return TrainingState(
-        tensors=state.tensors, exact=state.exact, extra={**state.extra, _CONTEXT: context}
-    )
+    return replace(state, extra={**state.extra, _CONTEXT: context})
 
 
 def adopt(tier: Store, store: Store, incarnation: Incarnation) -> Checkpoint | None:
@@ -93,7 +92,9 @@ def adopt(tier: Store, store: Store, incarnation: Incarnation) -> Checkpoint | N
     if (base is not None and base not in live) or _plans(now)[: len(plans)] != plans:
         logger.info("the local snapshot of step %d is of another past", snapshot.step)
         return None
-    state = TrainingState(tensors=loaded.tensors, exact=loaded.exact, extra=extra)
+    state = TrainingState(
+        tensors=loaded.tensors, exact=loaded.exact, extra=extra, cursor=snapshot.cursor
+    )
     adopted = save(
         store,
         incarnation,

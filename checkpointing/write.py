@@ -57,6 +57,7 @@ class Job:
     specs: Mapping[str, Spec]
     exact: Mapping[str, Any]
     extra: Mapping[str, Any]
+    cursor: Mapping[str, Any] | None = None
     parent: int | None
     healthy: bool
     validation_loss: float | None
@@ -275,7 +276,7 @@ def _judge(
             again = f"{missing[0]} is not in the store after its upload"
             return {"again": again, "missing": missing}
         incarnation.check()
-        return {"committed": _commit(store, incarnation, manifest, attempt, around)}
+        return {"committed": _commit(store, incarnation, job, manifest, attempt, around)}
     except FencedError as error:
         return {"fenced": str(error)}
     except RangeFlowError as error:
@@ -314,6 +315,7 @@ def _manifest(job: Job, attempt: str, receipts: Sequence[Mapping[str, Any]]) -> 
 def _commit(
     store: Store,
     incarnation: Incarnation,
+    job: Job,
     manifest: Mapping[str, Any],
     attempt: str,
     around: Around,
@@ -332,6 +334,7 @@ def _commit(
         "parent": manifest["parent"],
         "healthy": manifest["healthy"],
         "validation_loss": manifest["validation_loss"],
+        **({"cursor": job.cursor} if job.cursor is not None else {}),
     }
     earlier: list[int] = []
 

@@ -22,6 +22,7 @@ from checkpointing.restore import restore
 from checkpointing.retention import RetentionConfig, attempts, retire, sweep
 from checkpointing.save import Saver, TrainingState, save
 from checkpointing.tier import adopt, claim_tier, for_tier
+from checkpointing.write import Job
 from storage.canonical import canonical_json, sha256_hex
 from storage.errors import FencedError, RangeFlowError
 from storage.log import Log, Record
@@ -502,7 +503,12 @@ def removed_before_retired(
 
 
 def committed_before_stored(
-    store: Store, incarnation: Incarnation, manifest: Mapping[str, Any], attempt: str, around: Any
+    store: Store,
+    incarnation: Incarnation,
+    job: Job,
+    manifest: Mapping[str, Any],
+    attempt: str,
+    around: Any,
 ) -> int:
     """A COMMIT of a manifest that is written next."""
     key, data = f"{attempt}/manifest.json", canonical_json(manifest)

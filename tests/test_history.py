@@ -103,6 +103,18 @@ def test_operators_retire_quarantine_and_verify_without_a_generation() -> None:
     assert live(*base, mark("RETIRE", 0, 3), mark("VERIFIED", 0, 3)) == [10]
 
 
+def test_a_cursor_passes_through_a_base_and_old_records_have_none() -> None:
+    kind, generation, body = commit(1, 20)
+    past = history(
+        records(claim(1), commit(1, 10), (kind, generation, {**body, "cursor": {"a": 1}}))
+    )
+    assert [c.cursor for c in past.checkpoints] == [None, {"a": 1}]
+    content = json.loads(json.dumps(past.to_json()))
+    assert History.from_json(content) == past
+    del content["checkpoints"][0]["cursor"]
+    assert History.from_json(content) == past, "a BASE of an earlier version"
+
+
 def test_a_stale_incarnation_cannot_retire() -> None:
     assert live(claim(1), commit(1, 10), claim(2), mark("RETIRE", 1, 2)) == [10]
 

@@ -6,6 +6,7 @@ A save beside training stores the state of its instant, in memory allocated once
 import logging
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ import pytest
 import torch
 
 from checkpointing.group import Solo
-from checkpointing.history import history
+from checkpointing.history import Checkpoint, history
 from checkpointing.incarnation import Incarnation, claim_run
 from checkpointing.load import load
 from checkpointing.save import Saver, TrainingState, save
 from storage.errors import DivergenceError, FencedError, StoreUnavailableError
-from storage.log import Log
+from storage.log import Log, record_key
 from storage.store import LocalStore, Store
 from tests.groups import on_ranks
 
@@ -189,6 +190,30 @@ def test_a_claim_during_the_save_prevents_the_commit(when: str, tmp_path: Path) 
     with pytest.raises(FencedError):
         save(store, owner, Solo(), state(), step=0, parent=None, announce=announce)
     assert history(Log(store).refresh()).checkpoints == ()
+
+
+def test_a_commit_says_where_the_data_stood_in_a_small_record(tmp_path: Path) -> None:
+    """The manifest goes with its checkpoint; the log stays."""
+    store = LocalStore(tmp_path)
+    owner = claimed(store)
+    cursor = {"plan": "e" * 64, "digest": "f" * 64}
+    with_cursor = replace(state(2**31), cursor=cursor)
+    first = save(store, owner, Solo(), with_cursor, step=2**31, parent=10**9, validation_loss=1 / 3)
+    second = save(store, owner, Solo(), state(3), step=3)
+    assert first is not None and second is not None
+    assert (first.cursor, second.cursor) == (cursor, None)
+    assert first.digest == checkpoint_digest_of(store, first), "it decides no digest"
+    assert len(store.get(record_key(first.index))) < 1200
+    reread = history(Log(store).refresh()).checkpoints
+    assert [c.cursor for c in reread] == [cursor, None]
+
+
+def checkpoint_digest_of(store: Store, checkpoint: Checkpoint) -> str:
+    """The digest of the same state without a cursor, in another run."""
+    other = LocalStore(Path(store.url).with_name("other"))
+    saved = save(other, claimed(other), Solo(), state(checkpoint.step), step=checkpoint.step)
+    assert saved is not None
+    return saved.digest
 
 
 def test_tensors_overwritten_after_the_save_do_not_change_it(tmp_path: Path) -> None:

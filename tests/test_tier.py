@@ -1,5 +1,6 @@
 """The local tier: what counts is committed to the run first, and what does not is left alone."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,14 @@ def test_a_newer_snapshot_of_the_last_owner_is_committed(store: Store, tier: Sto
     loaded = load(store, adopted)
     assert loaded.exact == {"step": 14} and loaded.extra == {"rng": [14]}
     assert torch.equal(loaded.tensors["w"], state(14).tensors["w"])
+
+
+def test_the_cursor_of_a_snapshot_reaches_the_runs_log(store: Store, tier: Store) -> None:
+    first = owner_of(store)
+    content = replace(state(4), cursor={"digest": "d"})
+    save(tier, claim_tier(tier, first), Solo(), for_tier(content, history(first.check())), step=4)
+    adopted = adopt(tier, store, owner_of(store))
+    assert adopted is not None and adopted.cursor == {"digest": "d"}
 
 
 def test_a_run_that_never_committed_is_saved_by_its_tier(store: Store, tier: Store) -> None:
@@ -214,7 +223,7 @@ def test_a_tier_is_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "local_tier must be a folder of this host" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.soak), 2])
 def test_a_killed_program_goes_on_from_its_local_snapshot(world: int, tmp_path: Path) -> None:
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
     train("--run", unbroken, *SHAPE)
