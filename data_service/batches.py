@@ -3,20 +3,25 @@
 World size, accumulation, workers and prefetch never enter: a rank asks for the rows it needs.
 
 Covers: the same rows for the same arguments, in any order of asking, in any process; a cursor that
-is recomputed and compared before a run goes on.
+is recomputed and compared before a run goes on; which shards are read when, far ahead.
 Does not cover: data that changes in place; a shard's sha256 is checked when it is first opened.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import heapq
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
 
-from data_service.mixture import Mixture
 from data_service.order import Place, SourceOrder, windows_in
-from data_service.plan import Plan, Segment
+from data_service.plan import Plan
+from data_service.shares import NEVER
 from data_service.source import Source
+from data_service.timeline import Timeline
 from data_service.tokenizer import Tokenizer
 from storage.canonical import canonical_json, sha256_hex
 from storage.errors import ConfigurationError, DataError
@@ -24,16 +29,43 @@ from storage.errors import ConfigurationError, DataError
 LANES = 8
 LEAST_VALIDATION_WINDOWS = 10
 
+_SAMPLES_AT_ONCE = 4096  # places are found for so many together: few array operations a sample
+_KEPT_BLOCKS = 4
+_OPENED_AT_ONCE = 8
+
 Rows = npt.NDArray[np.int64]
+Learn = npt.NDArray[np.bool_]
+Integers = npt.NDArray[np.int64]
+Windows = npt.NDArray[np.unsignedinteger[Any]]
 SampleId = tuple[str, int, str, int]
 """(source, epoch, shard, window)"""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _SegmentState:
-    segment: Segment
-    mixture: Mixture
-    before: dict[str, int]  # samples of each source taken before this segment
+class ShardUse(NamedTuple):
+    """A shard is read from a step on."""
+
+    step: int
+    source: str
+    shard: str
+
+
+class _Samples(NamedTuple):
+    """Consecutive samples, column by column: sources by number, shards by row."""
+
+    sources: Integers
+    epochs: Integers
+    shards: Integers
+    windows: Integers
+
+
+class _Block(NamedTuple):
+    """The samples of a few steps, and the shards that were opened for them.
+
+    `opened` has per (source, shard) its windows, (windows, T+1), as views into the shard.
+    """
+
+    samples: _Samples
+    opened: dict[tuple[int, int], Windows]
 
 
 class Batches:
@@ -60,11 +92,22 @@ class Batches:
         _check_sources(plan, self._sources)
         self.tokenizer: Tokenizer = next(iter(self._sources.values())).tokenizer
         self.vocab_size = self.tokenizer.vocab_size
+        self._names = list(self._sources)
+        self._numbers = {name: number for number, name in enumerate(self._names)}
         self._orders = {name: self._order(source) for name, source in self._sources.items()}
         self._validation = {
-            name: self._validation_windows(source) for name, source in self._sources.items()
+            name: self._validation_starts(source) for name, source in self._sources.items()
         }
-        self._segments = self._segment_states()
+        self._timeline = Timeline(plan, global_batch_size)
+        self._has_masks = any(source.has_masks for source in self._sources.values())
+        self._has_cached = any(source.is_cached for source in self._sources.values())
+        self._blocks: OrderedDict[int, _Block] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        """The sources that the plan names, opened."""
+        return self._sources
 
     def batch(self, step: int) -> Rows:
         """(B, T+1) int64: the sequences of a step."""
@@ -72,24 +115,75 @@ class Batches:
 
     def rows(self, step: int, lo: int, hi: int) -> Rows:
         """(hi - lo, T+1) int64: sequences [lo, hi) of the step's global batch."""
-        places = self._places(step, lo, hi)
-        rows = np.empty((len(places), self.context + 1), dtype=np.int64)
-        for row, (name, place) in zip(rows, places, strict=True):
-            start = place.window * self.context
-            row[:] = self._sources[name].tokens(place.shard, start, start + self.context + 1)
+        samples, opened = self._samples(step, lo, hi)
+        rows = np.empty((hi - lo, self.context + 1), dtype=np.int64)
+        if self._has_cached:
+            self._read_in_turn(samples, rows)
+            return rows
+        read = zip(*(column.tolist() for column in samples), strict=True)
+        for number, (source, _, shard, window) in enumerate(read):
+            if (source, shard) not in opened:
+                self._open(samples, opened)
+            rows[number] = opened[source, shard][window]
         return rows
+
+    def learn(self, step: int, lo: int, hi: int) -> Learn | None:
+        """(hi - lo, T) bool: whether the model is trained to predict each target of `rows`.
+
+        None when no source of the plan has loss masks: all are.
+        """
+        samples, _ = self._samples(step, lo, hi)
+        if not self._has_masks:
+            return None
+        learn = np.ones((hi - lo, self.context), dtype=np.bool_)
+        bits: npt.NDArray[np.uint8] | None = None
+        read = zip(*(column.tolist() for column in samples), strict=True)
+        for number, (source, _, shard, window) in enumerate(read):
+            bits = None  # before the next one is opened: each takes room from the cache
+            bits = self._sources[self._names[source]].shard_mask(shard)
+            if bits is not None:
+                first = window * self.context + 1  # a target is the token after its position
+                learn[number] = _bits(bits, first, first + self.context)
+        return learn
+
+    def sources_of(self, step: int) -> list[str]:
+        """The source's name of each sequence of the global batch."""
+        samples, _ = self._samples(step, 0, self.global_batch_size)
+        return [self._names[number] for number in samples.sources.tolist()]
 
     def sample_ids(self, step: int) -> list[SampleId]:
         """What a step consumes, in the order of its sequences."""
-        return [
-            (name, place.epoch, place.shard, place.window)
-            for name, place in self._places(step, 0, self.global_batch_size)
-        ]
+        samples, _ = self._samples(step, 0, self.global_batch_size)
+        found: list[SampleId] = []
+        for source, epoch, shard, window in zip(*(c.tolist() for c in samples), strict=True):
+            name = self._names[source]
+            found.append((name, epoch, self._shard_name(name, shard), window))
+        return found
+
+    def uses(self, step: int) -> Iterator[ShardUse]:
+        """Which shards are read from `step` on, in the order of their first step; endless.
+
+        First come those that each lane is in the middle of. A step may be told one too early, and
+        never too late.
+        """
+        counts = self.counts(step)
+        yield from heapq.merge(
+            *(self._source_uses(name, count, step) for name, count in counts.items())
+        )
+
+    def next_use(self, source: str, shard: str, step: int) -> int:
+        """The first step from `step` on that may read a shard, told as in `uses`.
+
+        NEVER (2^60) for one that the plan does not read again.
+        """
+        row = self._sources[source].shards("train").row(shard)
+        count = self.counts(step)[source]
+        position = None if row is None else self._orders[source].next_read(row, count)
+        return NEVER if position is None else max(step, self._timeline.step_of(source, position))
 
     def counts(self, step: int) -> dict[str, int]:
         """How many samples of each source the steps before `step` consume, sorted by name."""
-        state = self._segment_at(max(0, step - 1))
-        return self._counts_in(state, step)
+        return self._timeline.counts(step)
 
     def cursor(self, step: int) -> dict[str, object]:
         """The position when `step` steps are done: JSON, under 1 KB for a dozen sources.
@@ -158,86 +252,169 @@ class Batches:
         They are spread evenly over the source's held-out windows.
         """
         found: dict[str, Rows] = {}
-        for name, windows in self._validation.items():
-            count = min(n, len(windows))
-            chosen = [windows[index * len(windows) // count] for index in range(count)]
-            rows = np.empty((count, self.context + 1), dtype=np.int64)
-            for row, (shard, start) in zip(rows, chosen, strict=True):
-                row[:] = self._sources[name].tokens(shard, start, start + self.context + 1)
-            found[name] = rows
+        for name, source in self._sources.items():
+            windows = [
+                source.tokens(shard, start, start + self.context + 1)
+                for shard, start in self._held_out(name, n)
+            ]
+            found[name] = np.array(windows, dtype=np.int64).reshape(-1, self.context + 1)
+        return found
+
+    def validation_learn(self, n: int) -> dict[str, Learn] | None:
+        """Per source, for `validation_rows(n)`, what `learn` is for rows: (m, T) bool.
+
+        None when no source of the plan has loss masks: all targets count.
+        """
+        if not self._has_masks:
+            return None
+        found: dict[str, Learn] = {}
+        for name, source in self._sources.items():
+            windows = self._held_out(name, n)
+            learn = np.ones((len(windows), self.context), dtype=np.bool_)
+            for number, (shard, start) in enumerate(windows):
+                bits = source.mask(shard)
+                if bits is not None:
+                    learn[number] = _bits(bits, start + 1, start + 1 + self.context)
+            found[name] = learn
         return found
 
     def windows(self) -> dict[str, int]:
         """The training windows of one epoch of each source."""
         return {name: order.windows for name, order in self._orders.items()}
 
-    def _places(self, step: int, lo: int, hi: int) -> list[tuple[str, Place]]:
-        if not (step >= 0 and 0 <= lo <= hi <= self.global_batch_size):
+    def _read_in_turn(self, samples: _Samples, rows: Rows) -> None:
+        """Fill in rows shard after shard: one that is kept open takes room from the cache."""
+        at, windows = (-1, -1), None
+        for number in np.lexsort((samples.shards, samples.sources)).tolist():
+            pair = int(samples.sources[number]), int(samples.shards[number])
+            if pair != at:
+                windows = None
+                at, windows = pair, self._windows_of(*pair)
+            assert windows is not None
+            rows[number] = windows[samples.windows[number]]
+
+    def _windows_of(self, source: int, shard: int) -> Windows:
+        """(windows, T+1), a view into the shard."""
+        tokens = self._sources[self._names[source]].shard_tokens(shard)
+        return sliding_window_view(tokens, self.context + 1)[:: self.context]
+
+    def _samples(self, step: int, lo: int, hi: int) -> _Block:
+        """Sequences [lo, hi) of a step. Found for a block of steps at once."""
+        if not 0 <= lo <= hi <= self.global_batch_size:
             raise IndexError(
                 f"step {step} has no sequences [{lo}, {hi}): a batch has {self.global_batch_size}"
             )
-        state = self._segment_at(step)
-        first = (step - state.segment.from_step) * self.global_batch_size
-        which, ordinals = state.mixture.sources_of(first + lo, first + hi)
-        places: list[tuple[str, Place]] = []
-        for index, ordinal in zip(which.tolist(), ordinals.tolist(), strict=True):
-            name = state.segment.sources[index].name
-            places.append((name, self._orders[name].place(state.before[name] + ordinal)))
-        return places
+        at_once = -(-_SAMPLES_AT_ONCE // self.global_batch_size)
+        begin, end = self._timeline.steps_together(step, at_once)
+        with self._lock:
+            found = self._blocks.get(begin)
+            if found is None:
+                found = self._blocks[begin] = self._block(begin, end)
+                while len(self._blocks) > _KEPT_BLOCKS:
+                    self._blocks.popitem(last=False)
+        first = (step - begin) * self.global_batch_size
+        columns = (column[first + lo : first + hi] for column in found.samples)
+        return _Block(_Samples(*columns), found.opened)
 
-    def _segment_at(self, step: int) -> _SegmentState:
-        return next(s for s in reversed(self._segments) if s.segment.from_step <= step)
+    def _open(self, samples: _Samples, opened: dict[tuple[int, int], Windows]) -> None:
+        """Open the shards of all samples: those of blocks before at once, the others in threads.
 
-    def _counts_in(self, state: _SegmentState, step: int) -> dict[str, int]:
-        samples = (step - state.segment.from_step) * self.global_batch_size
-        counts = dict(state.before)
-        for source, count in zip(
-            state.segment.sources, state.mixture.counts_at(samples), strict=True
-        ):
-            counts[source.name] += count
-        return counts
+        A start opens a shard a lane; to read and verify one takes long enough to do several.
+        """
+        with self._lock:
+            others = [block.opened for block in self._blocks.values()]
+        wanted = set(zip(samples.sources.tolist(), samples.shards.tolist(), strict=True))
+        for pair in wanted - opened.keys():
+            for other in others:
+                if pair in other:
+                    opened[pair] = other[pair]
+        missing = sorted(wanted - opened.keys())
+        errors: list[BaseException] = []
 
-    def _segment_states(self) -> list[_SegmentState]:
-        states: list[_SegmentState] = []
-        for segment in self.plan.segments:
-            before = (
-                self._counts_in(states[-1], segment.from_step)
-                if states
-                else dict.fromkeys(self._sources, 0)
-            )
-            mixture = segment.mixture(self.global_batch_size)
-            states.append(_SegmentState(segment=segment, mixture=mixture, before=before))
-        return states
+        def work(some: list[tuple[int, int]]) -> None:
+            try:
+                for source, shard in some:
+                    opened[source, shard] = self._windows_of(source, shard)
+            except BaseException as error:  # raised again in the caller's thread
+                errors.append(error)
+
+        threads = [  # daemons, because a hung read must not keep a preempted process
+            threading.Thread(target=work, args=(missing[n::_OPENED_AT_ONCE],), daemon=True)
+            for n in range(min(len(missing), _OPENED_AT_ONCE))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def _block(self, first: int, end: int) -> _Block:
+        """The samples of steps [first, end), which are of one segment."""
+        count = (end - first) * self.global_batch_size
+        found = _Samples(*(np.empty(count, dtype=np.int64) for _ in _Samples._fields))
+        for name, which, positions in self._timeline.taken(first, end):
+            places = self._orders[name].places(positions)
+            found.sources[which] = self._numbers[name]
+            found.epochs[which] = places.epochs
+            found.shards[which] = places.shards
+            found.windows[which] = places.windows
+        return _Block(found, {})
+
+    def _source_uses(self, name: str, count: int, step: int) -> Iterator[ShardUse]:
+        for opening in self._orders[name].openings(count):
+            at = self._timeline.step_of(name, opening.position)
+            if at == NEVER:
+                return
+            step = max(step, at)  # told one too early, it could lie before the last
+            yield ShardUse(step, name, self._shard_name(name, opening.shard))
+
+    def _shard_name(self, source: str, shard: int) -> str:
+        return self._sources[source].shards("train").name(shard)
 
     def _order(self, source: Source) -> SourceOrder:
-        shards = [
-            (entry.name, windows_in(entry.tokens, self.context)) for entry in source.shards("train")
-        ]
-        order = SourceOrder(seed=self.seed, source=source.name, shards=shards, lanes=self.lanes)
+        shards = source.shards("train")
+        order = SourceOrder(
+            seed=self.seed,
+            source=source.name,
+            names=shards.names,
+            name_keys=shards.name_keys,
+            windows=windows_in(shards.tokens, self.context),
+            lanes=self.lanes,
+        )
         if order.windows == 0:
-            tokens = sum(entry.tokens for entry in source.shards("train"))
             raise DataError(
-                f"source {source.name!r} at {source.url} has {tokens} training tokens in "
-                f"{len(shards)} shards, too few for one sequence of {self.context} + 1; "
+                f"source {source.name!r} at {source.url} has {int(shards.tokens.sum())} training "
+                f"tokens in {len(shards)} shards, too few for one sequence of {self.context} + 1; "
                 "use a shorter context or more text"
             )
         return order
 
-    def _validation_windows(self, source: Source) -> list[tuple[str, int]]:
-        """(shard, first token) of every held-out window, in the order of the index."""
-        windows = [
-            (entry.name, number * self.context)
-            for entry in source.shards("validation")
-            for number in range(windows_in(entry.tokens, self.context))
-        ]
-        if len(windows) < LEAST_VALIDATION_WINDOWS:
+    def _held_out(self, name: str, n: int) -> list[tuple[str, int]]:
+        """(shard, first token) of the validation windows of a source."""
+        starts = self._validation[name]
+        windows = int(starts[-1])
+        found = []
+        for index in range(count := min(n, windows)):
+            chosen = index * windows // count
+            shard = int(np.searchsorted(starts, chosen, side="right")) - 1
+            first = (chosen - int(starts[shard])) * self.context
+            found.append((self._sources[name].shards("validation").name(shard), first))
+        return found
+
+    def _validation_starts(self, source: Source) -> Integers:
+        """How many held-out windows lie before each shard, and in all, in the order of names."""
+        windows = windows_in(source.shards("validation").tokens, self.context)
+        starts = np.zeros(len(windows) + 1, dtype=np.int64)
+        np.cumsum(windows, out=starts[1:])
+        if starts[-1] < LEAST_VALIDATION_WINDOWS:
             raise DataError(
-                f"source {source.name!r} at {source.url} has {len(windows)} validation windows of "
+                f"source {source.name!r} at {source.url} has {starts[-1]} validation windows of "
                 f"{self.context} tokens, and needs at least {LEAST_VALIDATION_WINDOWS} to tell "
                 "over-fitting; prepare it again with a larger --validation_permille (it is "
                 f"{source.index.stamp.permille}), use more text or a shorter context"
             )
-        return windows
+        return starts
 
     def _lane(self, place: Place | None) -> dict[str, object] | None:
         if place is None:
@@ -248,6 +425,13 @@ class Batches:
             "window": place.window,
             "token": place.window * self.context,
         }
+
+
+def _bits(mask: npt.NDArray[np.uint8], lo: int, hi: int) -> Learn:
+    """Bits [lo, hi) of a packed mask."""
+    byte, bit = divmod(lo, 8)
+    unpacked = np.unpackbits(mask[byte : (hi + 7) // 8], bitorder="little")
+    return unpacked[bit : bit + hi - lo].astype(np.bool_)
 
 
 def _check_shape(context: int, global_batch_size: int, lanes: int) -> None:

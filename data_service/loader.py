@@ -10,15 +10,28 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
+from typing import NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
-from data_service.batches import Batches, Rows
+from data_service.batches import Batches, Learn, Rows
 from storage.errors import StoreUnavailableError
+
+Kind = TypeVar("Kind", bound=np.generic)
 
 TIMEOUT_SECONDS = 600.0
 _CLOSE_SECONDS = 5.0  # a hung read must not keep a preempted process
 _LOOK_SECONDS = 0.2  # how often a wait looks whether it should end
+
+
+class StepRows(NamedTuple):
+    """A rank's rows of one step."""
+
+    tokens: Rows
+    """(rows, T+1) int64"""
+    learn: Learn | None
+    """(rows, T) bool: which targets the model is trained to predict; None: all."""
 
 
 class Loader:
@@ -33,19 +46,24 @@ class Loader:
         depth: int = 4,
         timeout_seconds: float = TIMEOUT_SECONDS,
         while_waiting: Callable[[], None] = lambda: None,
+        before_step: Callable[[int], None] = lambda step: None,
     ) -> None:
         """`ranges` are the [lo, hi) of the global batch that this rank needs, in its own order.
 
         At most `depth` steps are ready at a time. `while_waiting` is called five times a second
-        during a wait; what it raises ends the wait.
+        during a wait; what it raises ends the wait. `before_step` is told each step before it is
+        read, in the loader's thread.
         """
         self._batches = batches
         self._ranges = tuple(ranges)
         self._timeout_seconds = timeout_seconds
         self._while_waiting = while_waiting
+        self._before_step = before_step
+        self.waited_seconds = 0.0
+        """How long `next` has waited for data, all calls together."""
         self._step = start_step
         self._error: BaseException | None = None
-        self._ready: queue.Queue[tuple[int, Rows] | BaseException] = queue.Queue(max(1, depth))
+        self._ready: queue.Queue[StepRows | BaseException] = queue.Queue(max(1, depth))
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._fetch, args=(start_step,), name="data loader", daemon=True
@@ -63,8 +81,8 @@ class Loader:
     ) -> None:
         self.close()
 
-    def next(self, step: int) -> Rows:
-        """(rows, T+1) int64: the ranges of `step`, one after the other.
+    def next(self, step: int) -> StepRows:
+        """The ranges of `step`, one after the other.
 
         Steps are asked for in order. Raises the error that stopped the thread, or
         StoreUnavailableError when nothing came within the time-out.
@@ -78,7 +96,7 @@ class Loader:
             self._error = found
             raise found
         self._step += 1
-        return found[1]
+        return found
 
     def close(self) -> None:
         """Stop the thread, waiting up to 5 s for the read it is in; closing twice is fine."""
@@ -86,8 +104,14 @@ class Loader:
         self._thread.join(min(self._timeout_seconds, _CLOSE_SECONDS))
         self._error = self._error or ValueError("the loader is closed")
 
-    def _wait(self) -> tuple[int, Rows] | BaseException:
-        deadline = time.monotonic() + self._timeout_seconds
+    def _wait(self) -> StepRows | BaseException:
+        begun = time.monotonic()
+        try:
+            return self._taken(begun + self._timeout_seconds)
+        finally:
+            self.waited_seconds += time.monotonic() - begun
+
+    def _taken(self, deadline: float) -> StepRows | BaseException:
         while True:
             try:
                 return self._ready.get(timeout=min(_LOOK_SECONDS, self._timeout_seconds))
@@ -102,10 +126,9 @@ class Loader:
 
     def _fetch(self, step: int) -> None:
         while not self._stop.is_set():
-            item: tuple[int, Rows] | BaseException
+            item: StepRows | BaseException
             try:
-                parts = [self._batches.rows(step, lo, hi) for lo, hi in self._ranges]
-                item = step, np.concatenate(parts)
+                item = self._rows(step)
             except BaseException as error:  # raised again in the caller's thread
                 item = error
             self._hand_over(item)
@@ -113,10 +136,21 @@ class Loader:
                 return
             step += 1
 
-    def _hand_over(self, item: tuple[int, Rows] | BaseException) -> None:
+    def _rows(self, step: int) -> StepRows:
+        self._before_step(step)
+        tokens = [self._batches.rows(step, lo, hi) for lo, hi in self._ranges]
+        learn = [self._batches.learn(step, lo, hi) for lo, hi in self._ranges]
+        masks = [mask for mask in learn if mask is not None]  # of all ranges, or of none
+        return StepRows(_joined(tokens), _joined(masks) if masks else None)
+
+    def _hand_over(self, item: StepRows | BaseException) -> None:
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=_LOOK_SECONDS)
                 return
             except queue.Full:
                 continue
+
+
+def _joined(parts: Sequence[npt.NDArray[Kind]]) -> npt.NDArray[Kind]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

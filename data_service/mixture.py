@@ -9,37 +9,37 @@ break, so it looks into the future: weights are taken as if the segment lasted f
 All arithmetic is in integers. A share is in parts per million (PPM) of a sample, constant within a
 step. The j-th sample of a source is *released* when its share reaches j + 1/(2K-2) and *due* when
 it exceeds j + 1 - 1/(2K-2); both follow from the shares alone, so samples are given out by a heap
-of due dates, block by block. The state at any position is just the counts.
+of due dates, block by block. The state at any position is just the counts, and it can be found
+without going through what lies before: see `_forgotten`.
 
 Covers: the bound, per segment, also while weights ramp; random access.
 Does not cover: a weight below one part in a million, which is rounded to none.
 """
 
 import heapq
-import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd, lcm
 
 import numpy as np
 import numpy.typing as npt
 
-PPM = 1_000_000
+from data_service.shares import NEVER, PPM, Points, Shares
+
 BLOCK = 65_536  # samples between two anchors
-_NEVER = 1 << 60
-_KEPT_BLOCKS = 4
+_FAR = 1 << 55  # a deadline beyond it is as good as none, and keys stay below 2^63
+_NEAR = 1024  # so far back the past is forgotten when every share is above a few thousandths
+_KEPT_BLOCKS = 32  # a whole period of at most PPM samples, and more
 
 Integers = npt.NDArray[np.int64]
-Points = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Block:
     """Which source each sample of a block comes from, and which of that source's samples it is."""
 
-    source: Integers
+    source: npt.NDArray[np.int16]
     ordinal: Integers
 
 
@@ -58,12 +58,12 @@ class Mixture:
 
         `anchors` are counts at each 65,536th sample, as `anchors()` of the same mixture gave them.
         """
-        self._shares = _Shares(weights, from_step, samples_per_step)
+        self._shares = Shares(weights, from_step, samples_per_step, BLOCK)
         self.sources = len(weights)
-        self._anchors = [tuple(int(count) for count in anchor) for anchor in anchors]
-        self._anchors = self._anchors or [(0,) * self.sources]
-        for number, anchor in enumerate(self._anchors):
-            self._check_anchor(number * BLOCK, anchor)
+        self._anchors = {0: (0,) * self.sources}
+        for number, anchor in enumerate(anchors):
+            self._anchors[number] = tuple(int(count) for count in anchor)
+            self._check_anchor(number * BLOCK, self._anchors[number])
         self._blocks: OrderedDict[int, _Block] = OrderedDict()
         self._lock = threading.RLock()
         # Positions from here on repeat: filled when a position beyond the first period is asked.
@@ -72,6 +72,8 @@ class Mixture:
 
     def counts_at(self, samples: int) -> tuple[int, ...]:
         """How many of the first `samples` samples come from each source."""
+        if self.sources == 1:
+            return (samples,)
         whole = self._shares.whole_counts(samples)
         if whole is not None:
             return whole
@@ -83,6 +85,8 @@ class Mixture:
 
     def sources_of(self, lo: int, hi: int) -> tuple[Integers, Integers]:
         """For samples [lo, hi): the index of the source, and its own number of the sample."""
+        if self.sources == 1:
+            return np.zeros(hi - lo, dtype=np.int64), np.arange(lo, hi)
         sources: list[Integers] = [np.empty(0, dtype=np.int64)]
         ordinals: list[Integers] = [np.empty(0, dtype=np.int64)]
         while lo < hi:
@@ -91,12 +95,23 @@ class Mixture:
             count = min(hi - lo, BLOCK - within, self._shares.until_period_end(lo))
             block = self._block(position // BLOCK)
             source = block.source[within : within + count]
-            sources.append(source)
+            sources.append(source.astype(np.int64))
             ordinals.append(
                 block.ordinal[within : within + count] + np.array(offset, dtype=np.int64)[source]
             )
             lo += count
         return np.concatenate(sources), np.concatenate(ordinals)
+
+    def window_of(self, source: int, ordinal: int) -> tuple[int, int]:
+        """The first and the last sample that may be the `ordinal`-th of a source.
+
+        From the shares alone: they are less than 1/share samples apart. NEVER where the share ends.
+        """
+        if self.sources == 1:
+            return ordinal, ordinal
+        shares = np.array(_release_and_due(self.sources), dtype=np.int64) + ordinal * PPM
+        released, due = self._shares.first_at(source, shares).tolist()
+        return (released - 1 if released < NEVER else NEVER), (due - 1 if due < NEVER else NEVER)
 
     def anchors(self) -> tuple[tuple[int, ...], ...]:
         """Counts at each 65,536th sample until the weights are constant: what to store with a plan.
@@ -105,8 +120,7 @@ class Mixture:
         """
         last = self._shares.ramp_samples // BLOCK
         with self._lock:
-            self._anchor(last)
-            return tuple(self._anchors[: last + 1])
+            return tuple(self._anchor(number) for number in range(last + 1))
 
     def _folded(self, samples: int) -> tuple[int, tuple[int, ...]]:
         """An equivalent position in the first periods, and the counts to add to those there."""
@@ -140,32 +154,66 @@ class Mixture:
             self._periods.append(behind)
 
     def _counts_unfolded(self, samples: int) -> tuple[int, ...]:
-        anchor = self._anchor(samples // BLOCK)
-        within = samples % BLOCK
+        number, within = divmod(samples, BLOCK)
         if within == 0:
-            return anchor
-        given = np.bincount(self._block(samples // BLOCK).source[:within], minlength=self.sources)
-        return tuple(count + int(more) for count, more in zip(anchor, given, strict=True))
+            return self._anchor(number)
+        counts = None if number in self._blocks else self._forgotten(samples)
+        if counts is None:
+            counts = _added(self._anchor(number), self._block(number).source[:within])
+        return counts
 
     def _anchor(self, number: int) -> tuple[int, ...]:
+        if self.sources == 1:
+            return (number * BLOCK,)
         with self._lock:
-            while len(self._anchors) <= number:
-                last = len(self._anchors) - 1
-                given = np.bincount(self._block(last).source, minlength=self.sources)
-                self._anchors.append(
-                    tuple(
-                        count + int(more)
-                        for count, more in zip(self._anchors[last], given, strict=True)
-                    )
-                )
+            if number not in self._anchors:
+                counts = self._forgotten(number * BLOCK)
+                if counts is None:
+                    for before in range(self._last_anchor_before(number), number):
+                        counts = _added(self._anchors[before], self._block(before).source)
+                        self._anchors[before + 1] = counts
+                else:
+                    self._anchors[number] = counts
             return self._anchors[number]
+
+    def _last_anchor_before(self, number: int) -> int:
+        return next(n for n in range(number - 1, -1, -1) if n in self._anchors)
+
+    def _forgotten(self, samples: int) -> tuple[int, ...] | None:
+        """The counts after `samples` samples, found from a little before; None if that is not near.
+
+        At a position it is known which jobs were released, so how many wait, and of each source
+        only the newest can. Suppose that the ones due last wait. The true set and the supposed one
+        then get the same jobs and each gives its first due, so the supposed one, never due earlier,
+        gains no job that the true one has not: they are equal once its first ones are given, which
+        is when they are due, at the latest. What came before is forgotten by then.
+        """
+        released, due = _release_and_due(self.sources)
+        back = min(_NEAR, BLOCK)
+        while back <= BLOCK and back < samples:
+            start = samples - back
+            exact = self._shares.exact(start)
+            counts = [(share - released) // PPM + 1 for share in exact]
+            waiting: list[tuple[int, int]] = []
+            for k, count in enumerate(counts):
+                last_due = np.array([(count - 1) * PPM + due], dtype=np.int64)
+                deadline = int(self._shares.first_at(k, last_due)[0]) if count else 0
+                if deadline > start:
+                    waiting.append((deadline, k))
+            if _all_due(waiting, samples):
+                unassigned = sum(counts) - start
+                for _, k in sorted(waiting)[len(waiting) - unassigned :]:
+                    counts[k] -= 1
+                return _added(counts, self._assign(start, counts, back))
+            back *= 8
+        return None
 
     def _block(self, number: int) -> _Block:
         with self._lock:
             block = self._blocks.get(number)
             if block is None:
                 counts = self._anchor(number)
-                source = self._assign(number * BLOCK, counts)
+                source = self._assign(number * BLOCK, counts, BLOCK)
                 ordinal = np.empty(BLOCK, dtype=np.int64)
                 for k in range(self.sources):
                     mine = np.flatnonzero(source == k)
@@ -177,27 +225,27 @@ class Mixture:
                 self._blocks.move_to_end(number)
             return block
 
-    def _assign(self, start: int, counts: Sequence[int]) -> Integers:
-        """The sources of samples [start, start + BLOCK), given the counts at `start`."""
-        K = self.sources
-        if K == 1:
-            return np.zeros(BLOCK, dtype=np.int64)
+    def _assign(self, start: int, counts: Sequence[int], length: int) -> npt.NDArray[np.int16]:
+        """The sources of samples [start, start + length), given the counts at `start`."""
+        K, end = self.sources, start + length
         released, due = _release_and_due(K)
-        exact = self._shares.exact(start + BLOCK)
+        exact = self._shares.exact(end)
         releases: list[Integers] = []
-        keys: list[int] = []
+        keys: list[Integers] = []
         for k in range(K):
             candidates = np.arange(counts[k], max(counts[k], exact[k] // PPM + 1), dtype=np.int64)
             release = self._shares.first_at(k, candidates * PPM + released)
-            in_block = release <= start + BLOCK
+            in_block = release <= end
             deadline = self._shares.first_at(k, candidates[in_block] * PPM + due)
             releases.append(release[in_block])
-            keys.extend(int(time) * K + k for time in deadline)  # ties: the first source
+            keys.append(np.minimum(deadline - start, _FAR) * K + k)  # ties: the first source
         release_times = np.concatenate(releases)
         by_release = np.argsort(release_times, kind="stable")
-        waiting = release_times[by_release].tolist()
-        due_keys = [keys[index] for index in by_release.tolist()]
-        return np.array(_earliest_deadline_first(start, waiting, due_keys, K), dtype=np.int64)
+        samples = np.arange(start + 1, end + 1)
+        released_by = np.searchsorted(release_times[by_release], samples, side="right")
+        due_keys = np.concatenate(keys)[by_release]
+        chosen = _earliest_deadline_first(released_by.tolist(), due_keys.tolist())
+        return (np.array(chosen, dtype=np.int64) % K).astype(np.int16)
 
     def _check_anchor(self, samples: int, counts: tuple[int, ...]) -> None:
         """Anchors come from a file: refuse what this mixture cannot have given."""
@@ -212,131 +260,38 @@ class Mixture:
             raise ValueError(f"counts {counts} after {samples} samples are not of this mixture")
 
 
+def _all_due(waiting: Sequence[tuple[int, int]], samples: int) -> bool:
+    """Whether every (deadline, source) lies within the first `samples` samples."""
+    return all(deadline <= samples for deadline, _ in waiting)
+
+
+def _added(counts: Sequence[int], sources: npt.NDArray[np.int16]) -> tuple[int, ...]:
+    """The counts after samples of these sources."""
+    given = np.bincount(sources, minlength=len(counts))
+    return tuple(count + int(more) for count, more in zip(counts, given, strict=True))
+
+
 def _release_and_due(K: int) -> tuple[int, int]:
     """The least integer shares beyond j samples at which the j-th is released, and is due."""
     parts = 2 * K - 2
     return -(-PPM // parts), PPM * (parts - 1) // parts + 1
 
 
-def _earliest_deadline_first(
-    start: int, releases: list[int], due_keys: list[int], K: int
-) -> list[int]:
-    """One source for each sample of a block; Tijdeman's theorem says that one always waits."""
+def _earliest_deadline_first(released_by: list[int], due_keys: list[int]) -> list[int]:
+    """One due key for each sample, `released_by` of which wait or have been given out by then.
+
+    Tijdeman's theorem says that one always waits.
+    """
     chosen: list[int] = []
     heap: list[int] = []
-    following, count = 0, len(releases)
-    push, pop = heapq.heappush, heapq.heappop
-    for samples in range(start + 1, start + BLOCK + 1):
-        while following < count and releases[following] <= samples:
-            push(heap, due_keys[following])
-            following += 1
-        chosen.append(pop(heap) % K)
+    following = 0
+    push, pop, push_and_pop, give = heapq.heappush, heapq.heappop, heapq.heappushpop, chosen.append
+    for released in released_by:
+        if following < released:
+            for key in due_keys[following : released - 1]:
+                push(heap, key)
+            give(push_and_pop(heap, due_keys[released - 1]))
+            following = released
+        else:
+            give(pop(heap))
     return chosen
-
-
-class _Shares:
-    """The exact shares: cumulative parts per million per source, as a function of samples."""
-
-    def __init__(self, weights: Sequence[Points], from_step: int, samples_per_step: int) -> None:
-        last_point = max(points[-1][0] for points in weights)
-        ramp_steps = max(0, last_point - from_step)
-        self.samples_per_step = samples_per_step
-        self.ramp_samples = ramp_steps * samples_per_step
-        if self.ramp_samples >= 1 << 41:
-            raise ValueError(f"a ramp of {self.ramp_samples} samples is too long")
-        table = shares_of_steps(weights, from_step, from_step + ramp_steps + 1)
-        self._ramp = table[:-1]
-        self.tail = tuple(int(share) for share in table[-1])
-        self.period = PPM // gcd(*self.tail)
-        zero = np.zeros((1, len(weights)), dtype=np.int64)
-        self._at_step = np.concatenate(
-            [zero, np.cumsum(self._ramp * samples_per_step, axis=0, dtype=np.int64)]
-        )
-
-    def exact(self, samples: int) -> tuple[int, ...]:
-        """Each source's exact share of the first `samples` samples, in parts per million."""
-        if samples >= self.ramp_samples:
-            more = samples - self.ramp_samples
-            at_end = self._at_step[-1]
-            return tuple(
-                int(share) + more * tail for share, tail in zip(at_end, self.tail, strict=True)
-            )
-        step, within = divmod(samples, self.samples_per_step)
-        exact = self._at_step[step] + within * self._ramp[step]
-        return tuple(int(share) for share in exact)
-
-    def whole_counts(self, samples: int) -> tuple[int, ...] | None:
-        """The counts where every exact share is a whole number: the bound leaves no other."""
-        exact = self.exact(samples)
-        if any(share % PPM for share in exact):
-            return None
-        return tuple(share // PPM for share in exact)
-
-    def until_period_end(self, samples: int) -> int:
-        """Samples left until the ramp or the period that holds `samples` ends."""
-        if samples < self.ramp_samples:
-            return self.ramp_samples - samples
-        return self.period - (samples - self.ramp_samples) % self.period
-
-    def first_at(self, k: int, shares: Integers) -> Integers:
-        """The least number of samples after which source k's share is at least each of `shares`."""
-        at_step = self._at_step[:, k]
-        found = np.full(shares.shape, _NEVER, dtype=np.int64)
-        in_ramp = shares <= at_step[-1]
-        if in_ramp.any():
-            wanted = shares[in_ramp]
-            step = np.searchsorted(at_step, wanted, side="left") - 1
-            found[in_ramp] = step * self.samples_per_step - (
-                -(wanted - at_step[step]) // self._ramp[step, k]
-            )
-        if self.tail[k]:
-            beyond = shares[~in_ramp] - at_step[-1]
-            found[~in_ramp] = self.ramp_samples - (-beyond // self.tail[k])
-        return found
-
-
-def shares_of_steps(weights: Sequence[Points], first: int, end: int) -> Integers:
-    """(end - first, K) shares of steps [first, end) in parts per million; each row sums to PPM.
-
-    Rows are rounded by differences of rounded-down running sums, so that no source is off by one
-    part in a million or more, and a weight of zero is a share of zero.
-    """
-    cuts = sorted({first, end, *(s for points in weights for s, _ in points if first < s < end)})
-    rows = [_shares_between(weights, lo, hi) for lo, hi in itertools.pairwise(cuts)]
-    return np.concatenate(rows)
-
-
-def _shares_between(weights: Sequence[Points], lo: int, hi: int) -> Integers:
-    """Shares of steps [lo, hi), between which no source has a point."""
-    lines = [_line(points, lo) for points in weights]
-    common = lcm(*(length for _, _, length, _ in lines))
-    # Weights at lo and their growth per step, all over one denominator, in unbounded integers.
-    at_lo = [(w + grow * (lo - start)) for w, start, _, grow in _scaled(lines, common)]
-    growth = [grow for _, _, _, grow in _scaled(lines, common)]
-    largest = sum(max(a, a + g * (hi - lo)) for a, g in zip(at_lo, growth, strict=True)) * PPM
-    kind = np.int64 if largest < 1 << 62 else object
-    steps = np.arange(hi - lo).astype(kind)[:, None]
-    values = np.array(at_lo, dtype=kind)[None, :] + steps * np.array(growth, dtype=kind)[None, :]
-    running = np.cumsum(values, axis=1)
-    rounded = (running * PPM // running[:, -1:]).astype(np.int64)
-    shares: Integers = np.diff(rounded, axis=1, prepend=0)
-    return shares
-
-
-def _line(points: Points, step: int) -> tuple[int, int, int, int]:
-    """(weight at start, start, length, rise over the length) of the line that holds `step`."""
-    if step < points[0][0]:
-        return points[0][1], step, 1, 0
-    for (start, weight), (end, next_weight) in itertools.pairwise(points):
-        if start <= step < end:
-            return weight, start, end - start, next_weight - weight
-    return points[-1][1], step, 1, 0
-
-
-def _scaled(
-    lines: Sequence[tuple[int, int, int, int]], common: int
-) -> list[tuple[int, int, int, int]]:
-    return [
-        (weight * common, start, length, rise * (common // length))
-        for weight, start, length, rise in lines
-    ]

@@ -2,7 +2,9 @@
 
 An edit opens a *segment* at a step. Within a segment the shares of the sources are counted from
 its first sample, as if it lasted for ever. A source keeps its own sequence over segments: one that
-is not in a segment stays where it was, and goes on from there when it is added again.
+is not in a segment stays where it was, and goes on from there when it is added again. An edit may
+also skip: its segment then begins where the plan before it would have been some steps later, and
+the samples in between count as consumed.
 
 The plan's hash covers names, contents (fingerprints), weights and steps, and not URLs: data may
 move, or be read from a mirror, without becoming another plan.
@@ -12,16 +14,20 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
-from data_service.mixture import PPM, Mixture
+from data_service.mixture import Mixture
+from data_service.shares import PPM
 from storage.canonical import canonical_json, sha256_hex
 from storage.errors import ConfigurationError, DataError
 
 SOURCE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,47}")
 _LARGEST_WEIGHT = 10**12
-_TRAILING_WEIGHT = re.compile(r"(?P<url>.+):(?P<weight>-?(\d+(\.\d*)?|\.\d+))")
+_WEIGHT = re.compile(r"-?(\d+(\.\d*)?|\.\d+)", re.ASCII)
+_TRAILING_WEIGHT = re.compile(f"(?P<url>.+):(?P<weight>{_WEIGHT.pattern})", re.ASCII)
+
+_STEP = re.compile(r"[0-9]{1,7}")  # every step of a ramp takes memory
 
 Weights = tuple[tuple[int, int], ...]
 
@@ -59,16 +65,20 @@ class Segment:
 
     `anchors` are `Mixture.anchors()` of this segment, stored so that a start need not go through
     a long ramp again; they follow from the rest, and the plan's hash does not cover them.
+    `skip_steps` is how many steps' data of the segment before is passed over where this one begins.
     """
 
     from_step: int
     sources: tuple[PlanSource, ...]
+    skip_steps: int = 0
     anchors: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(sorted(self.sources, key=lambda s: s.name)))
         if self.from_step < 0:
             raise ConfigurationError(f"a segment cannot begin at step {self.from_step}")
+        if self.skip_steps < 0:
+            raise ConfigurationError(f"a segment cannot skip {self.skip_steps} steps of data")
         if not self.sources:
             raise ConfigurationError("a plan needs at least one source; give --data NAME=URL")
         names = [source.name for source in self.sources]
@@ -108,6 +118,8 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.segments or self.segments[0].from_step != 0:
             raise ConfigurationError("a plan's first segment must begin at step 0")
+        if self.segments[0].skip_steps:
+            raise ConfigurationError("a plan's first segment has no data before it to skip")
         steps = [segment.from_step for segment in self.segments]
         if steps != sorted(set(steps)):
             raise ConfigurationError(
@@ -133,6 +145,7 @@ class Plan:
                     [source.name, source.fingerprint, [list(point) for point in source.weights]]
                     for source in segment.sources
                 ],
+                **({"skip_steps": segment.skip_steps} if segment.skip_steps else {}),
             }
             for segment in self.segments
         ]
@@ -157,11 +170,7 @@ class Plan:
         """The same plan with its ramps gone through once and their anchors stored."""
         return Plan(
             segments=tuple(
-                Segment(
-                    from_step=segment.from_step,
-                    sources=segment.sources,
-                    anchors=segment.mixture(global_batch_size).anchors(),
-                )
+                replace(segment, anchors=segment.mixture(global_batch_size).anchors())
                 for segment in self.segments
             )
         )
@@ -180,6 +189,7 @@ class Plan:
                         }
                         for source in segment.sources
                     ],
+                    **({"skip_steps": segment.skip_steps} if segment.skip_steps else {}),
                     **({"anchors": [list(a) for a in segment.anchors]} if segment.anchors else {}),
                 }
                 for segment in self.segments
@@ -213,8 +223,30 @@ def parse_data_flag(text: str) -> DataFlag:
     match = _TRAILING_WEIGHT.fullmatch(rest)
     if match is None:
         return DataFlag(name=name, url=rest, weight=PPM)
-    weight = int((Decimal(match["weight"]) * PPM).to_integral_value())
-    return DataFlag(name=name, url=match["url"], weight=weight)
+    return DataFlag(name=name, url=match["url"], weight=parse_weight(match["weight"]))
+
+
+def parse_weight(text: str) -> int:
+    """A weight as people write it, 1.0 = 1,000,000."""
+    if not _WEIGHT.fullmatch(text):
+        raise ConfigurationError(f"a weight must be a number such as 0.3 or 2; got {text!r}")
+    return int((Decimal(text) * PPM).to_integral_value())
+
+
+def parse_weights_flag(text: str) -> tuple[str, Weights]:
+    """`NAME=WEIGHT[@STEP],WEIGHT@STEP...`: the name, and its weights, linear between the steps."""
+    name, equals, rest = text.partition("=")
+    points: list[tuple[int, int]] = []
+    for part in rest.split(","):
+        weight, at, step = part.partition("@")
+        if not equals or (at and not _STEP.fullmatch(step)) or (points and not at):
+            raise ConfigurationError(
+                "--weights must be NAME=WEIGHT or NAME=WEIGHT@STEP,WEIGHT@STEP..., such as "
+                f"web=1@1000,0.5@5000; got {text!r}"
+            )
+        points.append((int(step or 0), parse_weight(weight)))
+    check_source_name(name)
+    return name, tuple(points)
 
 
 def check_source_name(name: str) -> None:
@@ -252,6 +284,7 @@ def _segment(value: dict[str, object]) -> Segment:
             )
             for source in sources
         ),
+        skip_steps=_integer(value.get("skip_steps", 0)),
         anchors=tuple(tuple(_integer(count) for count in anchor) for anchor in anchors),
     )
 
@@ -260,3 +293,11 @@ def _integer(value: object) -> int:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"expected a whole number, found {value!r}")
     return value
+
+
+if __name__ == "__main__":  # the command's name in the contract
+    import sys
+
+    from data_service.forecast import main
+
+    sys.exit(main())

@@ -30,6 +30,9 @@ class Slow:
         self.fail_at = fail_at
         self.read: list[int] = []
 
+    def learn(self, step: int, lo: int, hi: int) -> None:
+        return None
+
     def rows(self, step: int, lo: int, hi: int) -> Rows:
         self.gate.wait(30)
         if step == self.fail_at:
@@ -43,7 +46,20 @@ def test_rows_come_in_the_order_of_steps_and_ranges(batches: Batches, depth: int
     with Loader(batches, [(6, 8), (0, 3)], start_step=5, depth=depth) as loader:
         for step in range(5, 25):
             expected = batches.batch(step)[[6, 7, 0, 1, 2]]
-            assert np.array_equal(loader.next(step), expected)
+            rows = loader.next(step)
+            assert np.array_equal(rows.tokens, expected)
+            assert rows.learn is None
+
+
+def test_the_loss_mask_comes_with_the_rows(tmp_path: Path) -> None:
+    source = made_source(tmp_path, "chat", train=(900, 700), masked=True)
+    batches = Batches(
+        plan=plan_of([source]), sources={"chat": source}, seed=1, context=8, global_batch_size=8
+    )
+    with Loader(batches, [(6, 8), (0, 3)], start_step=5) as loader:
+        rows = loader.next(5)
+        assert rows.learn is not None
+        assert rows.learn.tolist() == (rows.tokens[:, 1:] % 3 == 0).tolist()
 
 
 def test_two_threads_of_one_object_get_the_same_rows(batches: Batches) -> None:
@@ -52,7 +68,7 @@ def test_two_threads_of_one_object_get_the_same_rows(batches: Batches) -> None:
         Loader(batches, [(0, 8)], start_step=0) as other,
     ):
         for step in range(60):
-            assert np.array_equal(one.next(step), other.next(step))
+            assert np.array_equal(one.next(step).tokens, other.next(step).tokens)
 
 
 def test_a_step_out_of_order_is_refused(batches: Batches) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import data_service.mixture
-from data_service.mixture import PPM, Mixture, shares_of_steps
+from data_service.mixture import Mixture
+from data_service.shares import NEVER, PPM, shares_of_steps
 from storage.canonical import sha256_hex
 
 Points = list[tuple[int, int]]
@@ -94,7 +95,7 @@ def test_far_positions_equal_those_reached_one_by_one(seed: int) -> None:
     weights = [[(0, rng.randint(0, PPM)), (rng.randint(1, 40), end)] for end in tail]
     last = max(points[-1][0] for points in weights)
     mixture = Mixture(weights=weights, from_step=0, samples_per_step=3)
-    assert mixture._shares.period <= 80
+    assert mixture._shares.period < 64 + 80
     sources, ordinals = mixture.sources_of(0, 4000)
     assert worst_break(sources.tolist(), exact_shares(weights, 0, 4000, 3), K) <= 1
     unfolded = Mixture(weights=weights, from_step=0, samples_per_step=3)
@@ -117,33 +118,90 @@ def test_a_constant_mixture_is_exact_after_its_period_however_far() -> None:
     assert (later > ordinals).all()
 
 
+@pytest.fixture
+def short_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data_service.mixture, "BLOCK", 512)
+    monkeypatch.setattr(data_service.mixture, "_NEAR", 8)
+
+
+def found_from_near_by(seeds: range) -> tuple[int, int]:
+    """How often the counts of random schedules were found without the past, and how often wrong."""
+    found = wrong = 0
+    for seed in seeds:
+        rng = random.Random(seed)
+        K, per_step = 2 + seed % 11, rng.choice([1, 2, 5, 16])
+        mixture = Mixture(weights=random_weights(rng, K), from_step=0, samples_per_step=per_step)
+        forgotten = mixture._forgotten
+        mixture._forgotten = lambda samples: None  # type: ignore[method-assign]
+        sources, _ = mixture.sources_of(0, 1200)
+        for position in rng.sample(range(1200), 100):
+            counts = forgotten(position)
+            if counts is not None:
+                found += 1
+                wrong += list(counts) != np.bincount(sources[:position], minlength=K).tolist()
+    return found, wrong
+
+
+@pytest.mark.usefixtures("short_memory")
+def test_counts_found_without_the_past_are_those_reached_one_by_one() -> None:
+    found, wrong = found_from_near_by(range(40))
+    assert found > 2000
+    assert wrong == 0
+
+
+@pytest.mark.usefixtures("short_memory")
+def test_without_a_look_at_the_deadlines_they_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A negative control."""
+    monkeypatch.setattr(data_service.mixture, "_all_due", lambda waiting, samples: True)
+    assert found_from_near_by(range(10))[1] > 0
+
+
+def test_any_position_of_a_long_ramp_is_reached_without_anchors() -> None:
+    weights = [[(0, 900_000), (10**5, 100_000)], [(0, 100_000), (10**5, 900_000)]]
+    mixture = Mixture(weights=weights, from_step=0, samples_per_step=6400)
+    mixture.sources_of(3 * 10**8, 3 * 10**8 + 10)
+    mixture.counts_at(5 * 10**8 + 1)
+    assert len(mixture._blocks) == 1  # and not the thousands before
+
+
 def test_one_source_is_constant() -> None:
-    mixture = Mixture(weights=[[(5, 3), (9, 8)]], from_step=2, samples_per_step=4)
+    mixture = Mixture(weights=[[(5, 3), (90_000, 8)]], from_step=2, samples_per_step=4)
+    assert mixture.anchors()[-1] == (5 * 65_536,)
     sources, ordinals = mixture.sources_of(10**9, 10**9 + 3)
     assert sources.tolist() == [0, 0, 0]
     assert ordinals.tolist() == [10**9, 10**9 + 1, 10**9 + 2]
     assert mixture.counts_at(123) == (123,)
 
 
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("seed", range(20))
+def test_a_sample_lies_in_its_window_and_gains_less_than_one_in_it(
+    seed: int,
+) -> None:
+    rng = random.Random(seed)
+    K, per_step = 1 + seed % 6, rng.choice([1, 3, 16])
+    weights = random_weights(rng, K)
+    mixture = Mixture(weights=weights, from_step=0, samples_per_step=per_step)
+    sources, ordinals = mixture.sources_of(0, 1200)
+    shares = np.array(exact_shares(weights, 0, 1200, per_step))
+    for sample in range(1200):
+        k = int(sources[sample])
+        first, last = mixture.window_of(k, int(ordinals[sample]))
+        assert first <= sample <= last
+        waited = shares[max(first, sample - 1), k] - shares[first, k]  # in parts per million
+        assert waited < PPM
+
+
+def test_what_is_never_drawn_is_drawn_never() -> None:
+    mixture = Mixture(weights=[[(0, 5), (9, 0)], [(0, 1)]], from_step=0, samples_per_step=4)
+    drawn = mixture.counts_at(70_000)[0]
+    assert mixture.window_of(0, drawn - 1)[0] < 36
+    assert mixture.window_of(0, drawn + 1) == (NEVER, NEVER)
+
+
 def test_a_source_of_weight_zero_is_never_drawn() -> None:
     mixture = Mixture(weights=[[(0, 0)], [(0, 1)], [(0, 2)]], from_step=0, samples_per_step=4)
     assert mixture.counts_at(70_000)[0] == 0
-
-
-def test_shares_sum_to_a_million_and_follow_the_lines_within_one() -> None:
-    weights = [[(0, 900_000), (1000, 100_000)], [(200, 0), (700, 900_001)], [(0, 7)]]
-    table = shares_of_steps(weights, 0, 1100)
-    assert (table.sum(axis=1) == PPM).all()
-    for step in (0, 199, 200, 450, 700, 999, 1000, 1099):
-        lines = np.array([np.interp(step, *zip(*points, strict=True)) for points in weights])
-        assert np.abs(table[step] - lines / lines.sum() * PPM).max() <= 1 + 1e-6  # float's own
-
-
-def test_shares_of_huge_weights_do_not_overflow() -> None:
-    big = [[(0, 10**12), (999_983, 1)], [(0, 1), (999_979, 10**12)]]
-    small = [[(0, 10**6), (999_983, 0)], [(0, 0), (999_979, 10**6)]]
-    wide, narrow = (shares_of_steps(weights, 4321, 4400) for weights in (big, small))
-    assert np.abs(wide - narrow).max() <= 1
 
 
 def test_anchors_give_the_same_mixture_without_going_through_the_ramp() -> None:
