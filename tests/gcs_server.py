@@ -48,7 +48,10 @@ class Session:
 
 
 class GcsServer(ThreadingHTTPServer):
-    """Buckets by name, each a mapping of names to objects. `url` goes to STORAGE_EMULATOR_HOST."""
+    """Buckets by name, each a mapping of names to objects. `url` goes to STORAGE_EMULATOR_HOST.
+
+    `read` are the names of the objects that were asked for, in order.
+    """
 
     daemon_threads = True
     block_on_close = False
@@ -60,6 +63,7 @@ class GcsServer(ThreadingHTTPServer):
         self.sessions: dict[str, Session] = {}
         self.faults = Faults()
         self.page = 1000
+        self.read: list[str] = []
         self.generations = 1_700_000_000_000_000
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -243,6 +247,7 @@ class _Handler(BaseHTTPRequestHandler):
 
         https://cloud.google.com/storage/docs/json_api/v1/parameters#range
         """
+        self.server.read.append(name)
         stored = self.server.buckets.get(bucket, {}).get(name)
         if stored is None:
             return self._error(404, f"No such object: {bucket}/{name}")
