@@ -12,7 +12,8 @@ from pathlib import Path
 
 from data_service.inputs import MemoryCorpus
 from data_service.ledger import BindingError
-from data_service.preparation import Advance, Announce, prepare
+from data_service.preparation import Advance, prepare
+from data_service.shard_writer import Announce
 from data_service.source_index import SourceIndex
 from data_service.tokenizer import make_tokenizer
 from storage.errors import ConfigurationError, DataError
@@ -44,7 +45,7 @@ def prepare_embedded(
     url: str,
     *,
     announce: Announce = lambda phase: None,
-    advance: Advance = lambda size_bytes, tokens: None,
+    advance: Advance = lambda size_bytes, tokens, is_new: None,
 ) -> dict[str, str]:
     """Both sources under `url` (a run's `corpus` folder), bytes tokenizer; their URLs by name.
 

@@ -1,41 +1,47 @@
 """What a preparation reads: documents from files, folders and memory, in parts of bounded size.
 
-A part is a byte range of one input. The cut between two parts of a file depends on the file and
-the position only, so the parts together give each document once, whichever are read.
+A part is a range of one input, or the whole of an input that cannot be cut. A document is a text
+or a conversation.
 """
 
 import hashlib
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
-from storage.canonical import sha256_hex
-from storage.errors import DataError
-
-_PROSE = (".txt", ".md", ".markdown", ".rst", ".tex", ".html", ".htm", ".xml", ".log")
-_TABLES = (".csv", ".tsv", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".sql")
-_CODE = (
-    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cs", ".java", ".js", ".jsx", ".ts"),
-    *(".tsx", ".go", ".rs", ".rb", ".php", ".sh", ".lua", ".pl", ".r", ".jl", ".scala", ".kt"),
+from data_service.chat import CHAT_FIELDS, Conversation, conversation_of, is_chat
+from data_service.formats import (
+    EXPANSION,
+    RECORD_SUFFIXES,
+    TEXT_SUFFIXES,
+    kind_of,
+    opened,
+    records_between,
+    row_groups,
+    text_between,
 )
-TEXT_SUFFIXES = frozenset((*_PROSE, *_TABLES, *_CODE))
-JSONL_SUFFIXES = frozenset((".jsonl", ".ndjson"))
+from storage.canonical import sha256_hex
+from storage.errors import ConfigurationError, DataError
 
-_LOOK_AHEAD = 1 << 20  # a blank line is sought this far, then a line end, then a character's end
-_BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")
+Document = str | Conversation
+Format = Literal["auto", "text", "chat"]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
-    """Bytes [lo, hi) of one input, up to the cut that follows each."""
+class Part(NamedTuple):
+    """A range of one input: bytes, row groups, or all of it.
+
+    `size_bytes` is about how much text it holds. `split` is "" where the text itself decides what
+    is held out, else the split that all of the part belongs to.
+    """
 
     input: int
     lo: int
     hi: int
+    size_bytes: int
+    split: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,14 +62,24 @@ class Corpus(Protocol):
     @property
     def inputs(self) -> Sequence[Input]: ...
 
-    def units(self, unit_bytes: int) -> list[list[Part]]:
-        """Units of work of about `unit_bytes`, in order."""
+    @property
+    def tail_permille(self) -> int:
+        """How much of the end is held out by position, in thousandths; 0: the text decides."""
 
-    def documents(self, part: Part) -> Iterator[str]: ...
+    def units(self, unit_bytes: int) -> list[list[Part]]:
+        """Units of work of about `unit_bytes`, in order; longer where an input cannot be cut."""
+
+    def documents(self, part: Part) -> Iterator[Document]:
+        """Those of a part, in order; () for a conversation that teaches nothing."""
+
+    def spec(self) -> dict[str, object] | None:
+        """JSON from which another process makes the same corpus; None when it cannot."""
 
 
 class MemoryCorpus:
     """Named texts that are at hand; each is one document."""
+
+    tail_permille = 0
 
     def __init__(self, texts: Sequence[tuple[str, str]]) -> None:
         encoded = [(name, text.encode("utf-8")) for name, text in texts]
@@ -74,140 +90,220 @@ class MemoryCorpus:
         )
 
     def units(self, unit_bytes: int) -> list[list[Part]]:
-        whole = [Part(input=i, lo=0, hi=item.size_bytes) for i, item in enumerate(self.inputs)]
-        return _grouped(whole, unit_bytes)
+        sizes = [item.size_bytes for item in self.inputs]
+        return _grouped([Part(i, 0, size, size) for i, size in enumerate(sizes)], unit_bytes)
 
-    def documents(self, part: Part) -> Iterator[str]:
+    def documents(self, part: Part) -> Iterator[Document]:
         yield self._texts[part.input]
+
+    def spec(self) -> dict[str, object] | None:
+        return None
 
 
 class FileCorpus:
-    """Text files, JSON lines, and folders of them (recursive, by suffix, hidden ones left out)."""
+    """Files of text and of records, folders of them (by suffix, hidden ones left out), data sets.
 
-    def __init__(self, paths: Sequence[str | Path], *, text_field: str = "text") -> None:
+    A folder that Hugging Face's `save_to_disk` made is read as the data set that it is.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str | Path],
+        *,
+        text_field: str = "text",
+        format: Format = "auto",
+        tail_permille: int = 0,
+    ) -> None:
         self._files = [file for path in paths for file in _files_of(Path(path))]
         if not self._files:
             raise DataError("nothing to prepare: name a text file, a .jsonl file or a folder")
+        self._kinds = [kind_of(path) for path in self._files]
         self._text_field = text_field
-        self.inputs: Sequence[Input] = tuple(_described(path) for path in self._files)
+        self._format = format
+        self.tail_permille = tail_permille
+        with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to others
+            self.inputs: Sequence[Input] = tuple(pool.map(_described, self._files))
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> "FileCorpus":
+        """The corpus that has this `spec()`; its files are not read again to describe them."""
+        corpus = cls.__new__(cls)
+        corpus.inputs = tuple(Input(**item) for item in spec["inputs"])
+        corpus._files = [Path(item.path) for item in corpus.inputs]
+        corpus._kinds = [kind_of(path) for path in corpus._files]
+        corpus._text_field = spec["text_field"]
+        corpus._format = spec["format"]
+        corpus.tail_permille = spec["tail_permille"]
+        return corpus
+
+    def spec(self) -> dict[str, object] | None:
+        return {
+            "inputs": [item.to_json() for item in self.inputs],
+            "text_field": self._text_field,
+            "format": self._format,
+            "tail_permille": self.tail_permille,
+        }
 
     def units(self, unit_bytes: int) -> list[list[Part]]:
+        tail = self._tail()
         parts = [
-            Part(input=number, lo=lo, hi=min(lo + unit_bytes, item.size_bytes))
-            for number, item in enumerate(self.inputs)
-            for lo in range(0, item.size_bytes, unit_bytes)
+            part
+            for number in range(len(self._files))
+            for part in self._parts(number, unit_bytes, tail)
         ]
         return _grouped(parts, unit_bytes)
 
-    def documents(self, part: Part) -> Iterator[str]:
-        path, size = self._files[part.input], self.inputs[part.input].size_bytes
-        is_lines = path.suffix.lower() in JSONL_SUFFIXES
-        cut = _line_cut if is_lines else _text_cut
-        with _opened(path) as file:
-            lo, hi = cut(file, part.lo, size), cut(file, part.hi, size)
-            file.seek(lo)
-            if is_lines:
-                while file.tell() < hi:
-                    at = file.tell()
-                    line = file.readline()
-                    if line.strip():
-                        yield self._text_of(line, path, at)
-            elif lo < hi:
-                yield _decoded(file.read(hi - lo), path, lo)
+    def documents(self, part: Part) -> Iterator[Document]:
+        path, kind = self._files[part.input], self._kinds[part.input]
+        if kind == "text":
+            number, at = self._tail()
+            exact = at if number == part.input else None
+            size = self.inputs[part.input].size_bytes
+            text = text_between(path, part.lo, part.hi, size, exact)
+            if text:
+                yield text
+            return
+        fields = CHAT_FIELDS | {self._text_field}
+        for place, record in records_between(path, kind, part.lo, part.hi, fields):
+            yield self._document(record, f"{path}: {place}")
 
-    def _text_of(self, line: bytes, path: Path, at: int) -> str:
-        try:
-            value = json.loads(_decoded(line, path, at))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: the line at byte {at} is not JSON ({error})") from None
-        text = value.get(self._text_field) if isinstance(value, dict) else None
-        if not isinstance(text, str):
-            found = ", ".join(sorted(value)) if isinstance(value, dict) else type(value).__name__
-            raise DataError(
-                f"{path}: the line at byte {at} has no text in field {self._text_field!r} (found: "
-                f"{found:.200}); name the field with --text_field"
+    def _parts(self, number: int, unit_bytes: int, tail: tuple[int, int]) -> Iterator[Part]:
+        size = self.inputs[number].size_bytes
+        cuttable = self._kinds[number] in ("text", "lines")
+        cut = tail[1] if tail[0] == number else None
+        split = "" if not self.tail_permille else "validation" if number > tail[0] else "train"
+        if cut is not None and cut < size and not cuttable:
+            raise ConfigurationError(
+                f"{self._files[number]}: the validation tail begins inside this file, and only "
+                "text and .jsonl can be cut by position; unpack it, or put it elsewhere in order"
             )
-        # JSON may hold half a surrogate pair (\ud83d), which is no text in any encoding.
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        if self._kinds[number] == "parquet":
+            yield from self._row_group_parts(number, split)
+        elif not cuttable:
+            yield Part(number, 0, size, size * EXPANSION.get(self._kinds[number], 1), split)
+        else:
+            for lo in range(0, size, unit_bytes):
+                hi = min(lo + unit_bytes, size)
+                if cut is None or not lo < cut < hi:
+                    late = cut is not None and lo >= cut
+                    yield Part(number, lo, hi, hi - lo, "validation" if late else split)
+                else:
+                    yield Part(number, lo, cut, cut - lo, "train")
+                    yield Part(number, cut, hi, hi - cut, "validation")
+
+    def _row_group_parts(self, number: int, split: str) -> Iterator[Part]:
+        """The file's size is shared out among its row groups."""
+        groups = row_groups(self._files[number])
+        size = self.inputs[number].size_bytes * EXPANSION["parquet"]
+        whole, before = max(1, sum(groups)), 0
+        for group, group_bytes in enumerate(groups):
+            after = before + group_bytes
+            share = size * after // whole - size * before // whole
+            yield Part(number, group, group + 1, share, split)
+            before = after
+
+    def _tail(self) -> tuple[int, int]:
+        """The file and the byte in it where the held-out tail begins; behind all without one."""
+        left = sum(item.size_bytes for item in self.inputs)
+        left -= left * self.tail_permille // 1000
+        for number, item in enumerate(self.inputs):
+            if self.tail_permille and left < item.size_bytes:
+                return (number, left) if left else (number - 1, self.inputs[number - 1].size_bytes)
+            left -= item.size_bytes
+        return len(self._files), 0
+
+    def _document(self, record: Mapping[str, object], where: str) -> Document:
+        has_text = isinstance(record.get(self._text_field), str)
+        has_chat = is_chat(record)
+        if self._format == "auto" and has_text and has_chat:
+            raise DataError(
+                f"{where} has text in {self._text_field!r} and the fields of a conversation; say "
+                "--format text or --format chat"
+            )
+        if has_chat and self._format != "text":
+            turns = conversation_of(record, where)
+            return tuple(turn._replace(content=_whole(turn.content)) for turn in turns)
+        if has_text and self._format != "chat":
+            return _whole(str(record[self._text_field]))
+        found = ", ".join(sorted(map(str, record)))
+        if self._format == "chat":
+            raise DataError(
+                f"{where} is no conversation (found: {found:.200}); expected {{instruction, input, "
+                "output}, {conversations} or {messages}"
+            )
+        raise DataError(
+            f"{where} has no text in field {self._text_field!r} (found: {found:.200}); name the "
+            "field with --text_field"
+        )
+
+
+def _whole(text: str) -> str:
+    """JSON may hold half a surrogate pair (\\ud83d), which is no text in any encoding."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _files_of(path: Path) -> list[Path]:
     if path.is_file():
-        if path.suffix.lower() in (".parquet", ".gz", ".zst", ".zip"):
-            raise DataError(f"{path}: {path.suffix} is not read; unpack it to text or .jsonl first")
         return [path]
     if not path.is_dir():
         raise DataError(f"{path}: there is no such file or folder")
+    if (path / "dataset_dict.json").is_file():
+        raise DataError(
+            f"{path}: holds several splits; name the folder of one, such as {path}/train"
+        )
+    if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+        return _files_of_data_set(path)
     found = [
         file
         for file in sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix())
-        if file.suffix.lower() in TEXT_SUFFIXES | JSONL_SUFFIXES
+        if file.name.lower().endswith((*TEXT_SUFFIXES, *RECORD_SUFFIXES))
         and not any(part.startswith(".") for part in file.relative_to(path).parts)
         and file.is_file()
     ]
     if not found:
         raise DataError(
-            f"{path}: no text in this folder (looked for .txt, .md, .py, .jsonl and such); name "
-            "the files themselves if they end otherwise"
+            f"{path}: no text in this folder (looked for .txt, .md, .py, .jsonl, .parquet and "
+            "such); name the files themselves if they end otherwise"
         )
     return found
 
 
+def _files_of_data_set(path: Path) -> list[Path]:
+    """The Arrow files of a data set, in its order."""
+    try:
+        state = json.loads((path / "state.json").read_bytes())
+        names = [item["filename"] for item in state["_data_files"]]
+        chosen = state.get("_indices_data_files")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise DataError(f"{path}: state.json does not list the data set's files") from None
+    if chosen:
+        raise DataError(
+            f"{path}: some rows were chosen or moved without writing them; call "
+            "`flatten_indices()` before `save_to_disk`"
+        )
+    files = [path / str(name) for name in names]
+    for file in files:
+        if file.parent != path or not file.is_file():
+            raise DataError(f"{path}: state.json names {file.name}, which is not in this folder")
+    return files
+
+
 def _described(path: Path) -> Input:
-    with _opened(path) as file:
+    with opened(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = file.tell()
     return Input(path=path.resolve().as_posix(), size_bytes=size, sha256=digest)
-
-
-def _opened(path: Path) -> BufferedReader:
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); leave it out") from error
 
 
 def _grouped(parts: Sequence[Part], unit_bytes: int) -> list[list[Part]]:
     units: list[list[Part]] = []
     size = 0
     for part in parts:
-        if not units or size + part.hi - part.lo > unit_bytes:
+        if not units or size + part.size_bytes > unit_bytes:
             units.append([])
             size = 0
         units[-1].append(part)
-        size += part.hi - part.lo
+        size += part.size_bytes
     return units
-
-
-def _line_cut(file: BinaryIO, at: int, size: int) -> int:
-    """The start of the first line at `at` or later."""
-    if at <= 0 or at >= size:
-        return max(0, min(at, size))
-    file.seek(at - 1)
-    file.readline()
-    return file.tell()
-
-
-def _text_cut(file: BinaryIO, at: int, size: int) -> int:
-    """The end of the first blank line from `at` on; failing that of a line, or of a character."""
-    if at <= 0 or at >= size:
-        return max(0, min(at, size))
-    file.seek(at)
-    ahead = file.read(_LOOK_AHEAD)
-    blank = _BLANK_LINE.search(ahead)
-    if blank is not None:
-        return at + blank.end()
-    if b"\n" in ahead:
-        return at + ahead.index(b"\n") + 1
-    starts = (place for place, byte in enumerate(ahead[:4]) if byte & 0xC0 != 0x80)
-    return at + next(starts, len(ahead[:4]))
-
-
-def _decoded(data: bytes, path: Path, at: int) -> str:
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 at byte {at + error.start} ({error.reason}); convert it, or leave "
-            "it out"
-        ) from None

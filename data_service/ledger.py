@@ -1,12 +1,14 @@
-"""The ledger of a preparation: which units of work are done, bound to inputs and settings.
+"""The ledger of a preparation: which batches of work are done, bound to inputs and settings.
 
-`ledger/binding.json` is written first and says what is prepared and how; `ledger/unit-NNNNN.json`
-after the objects of a unit, and names them. So at any kill a unit is done or is done again, and
-work under other settings is refused instead of mixed in.
+`ledger/binding.json` is written first and says what is prepared and how; `ledger/<batch>.json`
+after the objects of a batch, and names them. So at any kill a batch is done or is done again, and
+work under other settings is refused instead of mixed in. Batches may be done in any order, by
+several processes.
 """
 
 import json
 from collections.abc import Mapping
+from typing import Any
 
 from storage.canonical import canonical_json, sha256_hex
 from storage.errors import ConfigurationError
@@ -19,49 +21,50 @@ class BindingError(ConfigurationError):
     """The place holds a preparation of other inputs, or with other settings."""
 
 
+def bound_ledger(store: Store, binding: Mapping[str, object]) -> "Ledger":
+    """Bind the store to `binding`; BindingError, naming what differs, if it is bound already.
+
+    `binding` is {"inputs": [{path, size_bytes, sha256}], "settings": {...}}.
+    """
+    data = canonical_json(dict(binding))
+    ledger = Ledger(store, sha256_hex(data))
+    if store.put_if_absent(BINDING_KEY, data):
+        return ledger
+    found = store.get(BINDING_KEY)
+    if found == data:
+        return ledger
+    try:
+        earlier = json.loads(found)
+    except ValueError:
+        store.put(BINDING_KEY, data)  # torn by a kill where creation is not atomic
+        return ledger
+    raise BindingError(
+        f"{store.url} holds a preparation with {_difference(earlier, binding)}; "
+        "prepare into another --out, or delete that folder first"
+    )
+
+
 class Ledger:
-    """The units of one preparation that are done."""
+    """The batches that are done of the preparation whose binding has this sha256."""
 
-    def __init__(self, store: Store, binding: Mapping[str, object]) -> None:
-        """Bind the store to `binding`; BindingError, naming what differs, if it is bound already.
-
-        `binding` is {"inputs": [{path, size_bytes, sha256}], "settings": {...}}.
-        """
+    def __init__(self, store: Store, binding: str) -> None:
+        self.binding = binding
         self._store = store
-        data = canonical_json(dict(binding))
-        self._binding = sha256_hex(data)
-        if store.put_if_absent(BINDING_KEY, data):
-            return
-        found = store.get(BINDING_KEY)
-        if found == data:
-            return
-        try:
-            earlier = json.loads(found)
-        except ValueError:
-            store.put(BINDING_KEY, data)  # torn by a kill where creation is not atomic
-            return
-        raise BindingError(
-            f"{store.url} holds a preparation with {_difference(earlier, binding)}; "
-            "prepare into another --out, or delete that folder first"
-        )
 
-    def done(self, unit: int) -> dict[str, object] | None:
-        """What `finish` recorded for a unit, or None if it is not done."""
+    def done(self, batch: str) -> dict[str, Any] | None:
+        """What `finish` recorded for a batch, or None if it is not done."""
         try:
-            record = json.loads(self._store.get(_unit_key(unit)))
-        except FileNotFoundError:
+            record = json.loads(self._store.get(f"ledger/{batch}.json"))
+        except (FileNotFoundError, ValueError):  # none, or torn where writing is not atomic
             return None
-        if not isinstance(record, dict) or record.get("binding") != self._binding:
+        if not isinstance(record, dict) or record.get("binding") != self.binding:
             return None
         return record
 
-    def finish(self, unit: int, record: Mapping[str, object]) -> None:
-        """The commit of a unit: its objects must be in the store by now."""
-        self._store.put(_unit_key(unit), canonical_json({**record, "binding": self._binding}))
-
-
-def _unit_key(unit: int) -> str:
-    return f"ledger/unit-{unit:05d}.json"
+    def finish(self, batch: str, record: Mapping[str, object]) -> None:
+        """The commit of a batch: its objects must be in the store by now."""
+        data = canonical_json({**record, "binding": self.binding})
+        self._store.put(f"ledger/{batch}.json", data)
 
 
 def _difference(earlier: Mapping[str, object], wanted: Mapping[str, object]) -> str:

@@ -16,12 +16,22 @@ from typing import Annotated, Literal
 import tyro
 from rich.console import Console
 
+from data_service.bpe_training import trained_bpe
 from data_service.embedded import EMBEDDED_PERMILLE, embedded_corpus
-from data_service.inputs import Corpus, FileCorpus
-from data_service.preparation import SHARD_TOKENS, VALIDATION_PERMILLE, prepare
+from data_service.inputs import Corpus, FileCorpus, Format
+from data_service.preparation import (
+    VALIDATION_PERMILLE,
+    passes_of,
+    prepare,
+    texts_of,
+)
 from data_service.progress import PreparationProgress
+from data_service.recipe import SHARD_TOKENS, Recipe
+from data_service.source import open_source
 from data_service.source_index import SPLITS, SourceIndex
 from data_service.tokenizer import CharacterTokenizer, Tokenizer, make_tokenizer
+from data_service.validation_split import ValidationStamp
+from data_service.workers import available_cores
 from storage.commands import run_command
 from storage.errors import ConfigurationError
 from storage.store import open_store
@@ -30,8 +40,8 @@ __all__ = ["main", "prepare"]
 
 _DESCRIPTION = """Turns text into a source that training reads: token shards, held-out text apart.
 
-Inputs are text files, .jsonl files and folders of them. Killed and run again, it goes on where it
-was.
+Inputs are text files, .jsonl files (.gz and .zst too), parquet, data sets saved by Hugging Face's
+save_to_disk, and folders of them. Killed and run again, it goes on where it was.
 
 Example:
     python -m data_service.prepare books/ notes.txt --out data/books --tokenizer gpt2
@@ -42,19 +52,43 @@ Example:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PrepareArguments:
     inputs: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="INPUT...")] = ()
-    """Text files, .jsonl files, folders of them."""
+    """Files of text or records, folders of them, data sets on disk."""
     out: str
     """Where the source goes: a folder, or a URL such as gs://bucket/data/books."""
-    tokenizer: Literal["bytes", "chars", "gpt2"] = "bytes"
-    """bytes needs no download; chars keeps the vocabulary of the inputs; gpt2 is GPT-2's BPE."""
+    tokenizer: str = "bytes"
+    """bytes needs no download; chars keeps the characters of the inputs; gpt2 is GPT-2's BPE;
+    bytes-chat and gpt2-chat have the marks of conversations too; bpe:SIZE is trained on the inputs
+    and has them."""
+    tokenizer_of: str | None = None
+    """A source whose tokenizer is taken instead: the sources of a mixture must share one."""
     embedded: Literal["python", "reference"] | None = None
     """Instead of inputs: the text that every Python has, its library or its language reference."""
+    format: Format = "auto"
+    """What records hold: text, or chat in Alpaca's or ShareGPT's shape. auto sees it by fields."""
+    text_field: str = "text"
+    """The field of a record that holds the text."""
     validation_permille: int | None = None
     """Held-out text, in thousandths; the same for all sources of a run. Default 10, embedded 50."""
+    validation_tail: int | None = None
+    """Hold out the end of the inputs instead, so many thousandths of them: "90/10 in order"."""
+    shuffle: bool = True
+    """Spread the documents over all shards. Inputs that lie in memory (--embedded) keep order."""
+    shuffle_seed: int = 0
+    """Another number gives another order."""
+    deduplicate: bool = False
+    """Leave out documents that occurred before, but for case and white space."""
+    clean: bool = False
+    """One form for letters and line ends, one blank line at most, no Project Gutenberg notes."""
+    min_words: int = 0
+    """Leave out documents of fewer words."""
+    max_words: int | None = None
+    """Leave out documents of more words."""
     shard_tokens: int = SHARD_TOKENS
     """The most tokens in one shard."""
-    text_field: str = "text"
-    """The field of a JSON line that holds the text."""
+    workers: int | None = None
+    """Processes that do the work; all cores by default. The result is the same."""
+    work_dir: str | None = None
+    """Where a shuffle and the search for duplicates write on the way; by default into --out."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -85,38 +119,69 @@ def _prepare(arguments: PrepareArguments, announce: Callable[[str], None]) -> So
             "name what to prepare: text files, .jsonl files or folders; or --embedded python, or "
             "--embedded reference, without inputs"
         )
+    if arguments.validation_tail is not None and (
+        arguments.embedded is not None or arguments.validation_permille is not None
+    ):
+        raise ConfigurationError(
+            "--validation_tail says where the held-out text is by itself: leave out "
+            "--validation_permille and --embedded"
+        )
+    if arguments.validation_tail is not None:
+        ValidationStamp.by_position(arguments.validation_tail)
     corpus: Corpus
     permille = VALIDATION_PERMILLE
     if arguments.embedded is not None:
         corpus = embedded_corpus(arguments.embedded)
         permille = EMBEDDED_PERMILLE
     else:
-        corpus = FileCorpus(arguments.inputs, text_field=arguments.text_field)
+        corpus = FileCorpus(
+            arguments.inputs,
+            text_field=arguments.text_field,
+            format=arguments.format,
+            tail_permille=arguments.validation_tail or 0,
+        )
     if arguments.validation_permille is not None:
         permille = arguments.validation_permille
-    total_bytes = sum(item.size_bytes for item in corpus.inputs)
+    recipe = Recipe(
+        shard_tokens=arguments.shard_tokens,
+        clean=arguments.clean,
+        min_words=arguments.min_words,
+        max_words=arguments.max_words,
+        deduplicate=arguments.deduplicate,
+        shuffle=arguments.shuffle and arguments.embedded is None,
+        shuffle_seed=arguments.shuffle_seed,
+    )
+    workers = available_cores() if arguments.workers is None else arguments.workers
+    units = corpus.units(SHARD_TOKENS)
+    total_bytes = sum(part.size_bytes for parts in units for part in parts) * passes_of(recipe)
     with PreparationProgress(total_bytes, console=Console(stderr=True)) as progress:
         return prepare(
             corpus,
             open_store(arguments.out),
-            _tokenizer(arguments, corpus),
-            shard_tokens=arguments.shard_tokens,
+            _tokenizer(arguments, corpus, recipe),
             validation_permille=permille,
+            recipe=recipe,
+            workers=workers,
+            work=None if arguments.work_dir is None else open_store(arguments.work_dir),
             announce=announce,
             advance=progress.advance,
         )
 
 
-def _tokenizer(arguments: PrepareArguments, corpus: Corpus) -> Tokenizer:
-    if arguments.tokenizer != "chars":
-        return make_tokenizer(arguments.tokenizer)
-    texts = (
-        text
-        for unit in corpus.units(SHARD_TOKENS)
-        for part in unit
-        for text in corpus.documents(part)
-    )
-    return CharacterTokenizer.of_texts(texts)
+def _tokenizer(arguments: PrepareArguments, corpus: Corpus, recipe: Recipe) -> Tokenizer:
+    if arguments.tokenizer_of is not None:
+        return open_source("tokenizer", arguments.tokenizer_of).tokenizer
+    name, _, size = arguments.tokenizer.partition(":")
+    if name == "bpe":
+        if not size.isdecimal():
+            raise ConfigurationError(
+                f"bpe needs the size of its vocabulary, such as bpe:5000; got "
+                f"{arguments.tokenizer!r}"
+            )
+        return trained_bpe(texts_of(corpus, recipe), int(size))
+    if arguments.tokenizer == "chars":
+        return CharacterTokenizer.of_texts(texts_of(corpus, recipe))
+    return make_tokenizer(arguments.tokenizer)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""How far a preparation is: a bar with ETA and tokens/s on a terminal, else a line now and then."""
+"""How far work on data is: a bar with ETA and tokens/s on a terminal, else a line now and then."""
 
 import logging
 import time
@@ -27,16 +27,18 @@ class PreparationProgress:
         total_bytes: int,
         *,
         console: Console,
+        title: str = "preparing",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._total_bytes = total_bytes
+        self._title = title
         self._clock = clock
         self._started = self._last_line = clock()
         self._bytes = self._work_bytes = self._tokens = 0
         self._bar: Progress | None = None
         if console.is_terminal:
             self._bar = Progress(
-                TextColumn("preparing"),
+                TextColumn(title),
                 BarColumn(),
                 DownloadColumn(),
                 TextColumn("{task.fields[rate]}"),
@@ -60,18 +62,19 @@ class PreparationProgress:
         if self._bar is not None:
             self._bar.stop()
 
-    def advance(self, size_bytes: int, tokens: int) -> None:
-        """One more unit: its input bytes, and its tokens (0 when an earlier start had done it)."""
+    def advance(self, size_bytes: int, tokens: int, is_new: bool) -> None:
+        """One more batch: its bytes of text, its tokens, and whether this start did it."""
         self._bytes += size_bytes
-        self._tokens += tokens
-        self._work_bytes += size_bytes if tokens else 0
+        self._tokens += tokens if is_new else 0
+        self._work_bytes += size_bytes if is_new else 0
         rate = f"{self._tokens / max(1e-9, self._clock() - self._started):,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=self._bytes, rate=rate)
         elif self._clock() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = self._clock()
             logger.info(
-                "prepared %.1f of %.1f MB, %s, ETA %.0f s",
+                "%s: %.1f of %.1f MB, %s, ETA %.0f s",
+                self._title,
                 self._bytes / 1e6,
                 self._total_bytes / 1e6,
                 rate,

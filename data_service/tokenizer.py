@@ -2,10 +2,13 @@
 
 A tokenizer's `spec()` is JSON from which `tokenizer_from_spec` makes the same tokenizer anywhere;
 its fingerprint is the sha256 of what decides the ids. `encode` is always *ordinary*: `<|im_start|>`
-or `<|endoftext|>` in a text stays text, and no special id comes out of it.
+or `<|endoftext|>` in a text stays text, and no special id comes out of it. The special ids come
+after all others, the end of text first.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import base64
+import binascii
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -16,7 +19,14 @@ from storage.canonical import canonical_json, sha256_hex
 from storage.errors import ConfigurationError, DataError, StoreUnavailableError
 
 END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_NAMES = ("bytes", "characters", "gpt2")
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+TOKENIZER_NAMES = ("bytes", "bytes-chat", "characters", "gpt2", "gpt2-chat", "bpe:SIZE")
+
+# How GPT-2 divides text before it merges: github.com/openai/gpt-2/blob/master/src/encoder.py
+WORD_PATTERN = (
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+)
 
 Ids = npt.NDArray[np.int64]
 
@@ -36,6 +46,10 @@ class Tokenizer(Protocol):
         """The id that closes a document; `encode` never gives it."""
 
     @property
+    def chat_ids(self) -> tuple[int, int] | None:
+        """The ids of `<|im_start|>` and `<|im_end|>`, for tokenizers that have them."""
+
+    @property
     def fingerprint(self) -> str: ...
 
     def encode(self, text: str) -> Ids: ...
@@ -46,14 +60,14 @@ class Tokenizer(Protocol):
 
 
 def make_tokenizer(name: str) -> Tokenizer:
-    """The tokenizer called `name`, for those that need no corpus ("bytes", "gpt2")."""
-    if name == "bytes":
-        return ByteTokenizer()
-    if name == "gpt2":
-        return Gpt2Tokenizer()
-    if name in ("characters", "chars"):
+    """The tokenizer called `name`, for those that need no corpus ("bytes", "gpt2-chat", ...)."""
+    kind, _, chat = name.partition("-")
+    if kind in ("bytes", "gpt2") and chat in ("", "chat") and not name.endswith("-"):
+        return (ByteTokenizer if kind == "bytes" else Gpt2Tokenizer)(chat=bool(chat))
+    if name in ("characters", "chars") or name.startswith("bpe"):
         raise ConfigurationError(
-            "the characters tokenizer is made from a corpus: use CharacterTokenizer.of_texts"
+            f"the {name} tokenizer is made from a corpus: use CharacterTokenizer.of_texts or "
+            "bpe_training.trained_bpe"
         )
     raise ConfigurationError(f"tokenizer must be one of {', '.join(TOKENIZER_NAMES)}; got {name!r}")
 
@@ -66,11 +80,13 @@ def tokenizer_from_spec(spec: Mapping[str, object]) -> Tokenizer:
         if not isinstance(characters, str):
             raise DataError("a characters tokenizer's spec must hold its `characters` as a string")
         return CharacterTokenizer(characters)
+    if kind == "bpe":
+        return BpeTokenizer(_merged(spec.get("merged")))
     if kind not in ("bytes", "gpt2"):
         raise DataError(
-            f"tokenizer kind must be one of {', '.join(TOKENIZER_NAMES)}; the spec says {kind!r}"
+            f"tokenizer kind must be one of bytes, characters, gpt2, bpe; the spec says {kind!r}"
         )
-    tokenizer = make_tokenizer(str(kind))
+    tokenizer = make_tokenizer(f"{kind}-chat" if spec.get("chat") is True else str(kind))
     if tokenizer.spec() != dict(spec):
         raise DataError(
             f"the {kind} tokenizer here is {tokenizer.spec()}, the data was made with {dict(spec)}"
@@ -81,9 +97,12 @@ def tokenizer_from_spec(spec: Mapping[str, object]) -> Tokenizer:
 class ByteTokenizer:
     """UTF-8 bytes as ids 0-255, and 256 for the end of text. Needs no download."""
 
-    name = "bytes"
-    vocab_size = 257
     end_of_text = 256
+
+    def __init__(self, *, chat: bool = False) -> None:
+        self.name = "bytes-chat" if chat else "bytes"
+        self.chat_ids = (257, 258) if chat else None
+        self.vocab_size = 259 if chat else 257
 
     @property
     def fingerprint(self) -> str:
@@ -94,21 +113,17 @@ class ByteTokenizer:
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
         """The text; bytes that are no UTF-8 become U+FFFD, since a model may sample them."""
-        _check_ids(ids, self)
-        pieces: list[bytes] = [
-            END_OF_TEXT.encode() if token == self.end_of_text else bytes((token,))
-            for token in map(int, ids)
-        ]
-        return b"".join(pieces).decode("utf-8", errors="replace")
+        return _decoded(ids, self, bytes)
 
     def spec(self) -> dict[str, object]:
-        return {"kind": "bytes"}
+        return {"kind": "bytes", **_chat_of(self)}
 
 
 class CharacterTokenizer:
     """One id per character of a sorted vocabulary, and one more for the end of text."""
 
     name = "characters"
+    chat_ids = None
 
     def __init__(self, characters: str) -> None:
         if list(characters) != sorted(set(characters)):
@@ -159,15 +174,16 @@ class CharacterTokenizer:
 class Gpt2Tokenizer:
     """GPT-2's byte-pair encoding by tiktoken; the vocabulary is loaded at the first use."""
 
-    name = "gpt2"
-    vocab_size = 50_257
     end_of_text = 50_256
 
     # The files' digests as tiktoken_ext/openai_public.py checks them after a download.
     _VOCABULARY_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
     _ENCODER_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbfe636dd"
 
-    def __init__(self) -> None:
+    def __init__(self, *, chat: bool = False) -> None:
+        self.name = "gpt2-chat" if chat else "gpt2"
+        self.chat_ids = (50_257, 50_258) if chat else None
+        self.vocab_size = 50_259 if chat else 50_257
         self._loaded: tiktoken.Encoding | None = None
 
     @property
@@ -175,17 +191,17 @@ class Gpt2Tokenizer:
         return _fingerprint(self)
 
     def encode(self, text: str) -> Ids:
-        return np.array(self._encoding().encode_ordinary(text), dtype=np.int64)
+        return _encoded(self._encoding(), text)
 
     def decode(self, ids: Sequence[int] | Ids) -> str:
-        _check_ids(ids, self)
-        return self._encoding().decode([int(token) for token in ids])
+        return _decoded(ids, self, self._encoding().decode_bytes)
 
     def spec(self) -> dict[str, object]:
         return {
             "kind": "gpt2",
             "vocabulary_sha256": self._VOCABULARY_SHA256,
             "encoder_sha256": self._ENCODER_SHA256,
+            **_chat_of(self),
         }
 
     def _encoding(self) -> tiktoken.Encoding:
@@ -202,18 +218,97 @@ class Gpt2Tokenizer:
         return self._loaded
 
 
+class BpeTokenizer:
+    """A byte-pair encoding of one's own: all bytes, then what was merged, in order of merging.
+
+    It is run by tiktoken; `bpe_training` makes it. The specials of conversations are always there.
+    """
+
+    name = "bpe"
+
+    def __init__(self, merged: Sequence[bytes]) -> None:
+        ranks = {bytes((byte,)): byte for byte in range(256)}
+        for token in merged:
+            ranks.setdefault(token, len(ranks))
+        if len(ranks) != 256 + len(merged) or b"" in ranks:
+            raise DataError("a bpe tokenizer's tokens must be longer than a byte, without repeats")
+        self._merged = tuple(merged)
+        self.end_of_text = len(ranks)
+        self.chat_ids = (len(ranks) + 1, len(ranks) + 2)
+        self.vocab_size = len(ranks) + 3
+        self._encoding = tiktoken.Encoding(
+            "bpe", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        return _fingerprint(self)
+
+    def encode(self, text: str) -> Ids:
+        return _encoded(self._encoding, text)
+
+    def decode(self, ids: Sequence[int] | Ids) -> str:
+        return _decoded(ids, self, self._encoding.decode_bytes)
+
+    def spec(self) -> dict[str, object]:
+        return {
+            "kind": "bpe",
+            "end_of_text": self.end_of_text,
+            "merged": " ".join(base64.b64encode(token).decode() for token in self._merged),
+        }
+
+
+def _merged(written: object) -> list[bytes]:
+    try:
+        if isinstance(written, str):
+            return [base64.b64decode(token, validate=True) for token in written.split()]
+    except binascii.Error:
+        pass
+    raise DataError("a bpe tokenizer's spec must hold its `merged` tokens in base64")
+
+
+def _encoded(encoding: tiktoken.Encoding, text: str) -> Ids:
+    return np.array(encoding.encode_ordinary(text), dtype=np.int64)
+
+
+def _decoded(
+    ids: Sequence[int] | Ids, tokenizer: Tokenizer, to_bytes: Callable[[list[int]], bytes]
+) -> str:
+    _check_ids(ids, tokenizer)
+    specials = {token: text.encode() for text, token in _specials(tokenizer).items()}
+    array = np.asarray(ids, dtype=np.int64)
+    at, pieces = 0, list[bytes]()
+    for place in np.flatnonzero(array >= tokenizer.end_of_text).tolist():
+        pieces += [to_bytes(array[at:place].tolist()), specials[int(array[place])]]
+        at = place + 1
+    pieces.append(to_bytes(array[at:].tolist()))
+    return b"".join(pieces).decode("utf-8", errors="replace")
+
+
+def _specials(tokenizer: Tokenizer) -> dict[str, int]:
+    start, end = tokenizer.chat_ids or (-1, -1)
+    return {END_OF_TEXT: tokenizer.end_of_text, IM_START: start, IM_END: end}
+
+
+def _chat_of(tokenizer: Tokenizer) -> dict[str, object]:
+    """What a spec says of it; nothing without, as before there were conversations."""
+    return {"chat": True} if tokenizer.chat_ids else {}
+
+
 def _fingerprint(tokenizer: Tokenizer) -> str:
     definition = {**tokenizer.spec(), "end_of_text": tokenizer.end_of_text}
     return sha256_hex(canonical_json(definition))
 
 
 def _check_ids(ids: Sequence[int] | Ids, tokenizer: Tokenizer) -> None:
-    for place, token in enumerate(ids):
-        if not 0 <= token < tokenizer.vocab_size:
-            raise DataError(
-                f"token id {int(token)} at place {place} is not in the {tokenizer.name} "
-                f"vocabulary of {tokenizer.vocab_size}"
-            )
+    array = np.asarray(ids, dtype=np.int64)
+    outside = np.flatnonzero((array < 0) | (array >= tokenizer.vocab_size))
+    if outside.size:
+        place = int(outside[0])
+        raise DataError(
+            f"token id {int(array[place])} at place {place} is not in the {tokenizer.name} "
+            f"vocabulary of {tokenizer.vocab_size}"
+        )
 
 
 def _first_line(error: BaseException) -> str:

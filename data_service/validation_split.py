@@ -1,13 +1,16 @@
-"""Which text is held out: decided by the hash of the normalised text, and by nothing else.
+"""Which text is held out: decided by the hash of the normalised text, unless asked otherwise.
 
 Covers: the same document (up to case, Unicode composition and white space) is on the same side in
 every source with the same stamp, also in one added later. A document of more than 4 KB is cut at
 blank lines into pieces that are decided one by one; the cuts depend on the text around them only,
 so a long text with another head or tail is cut as before once the two agree.
-Does not cover: a paragraph that occurs inside two otherwise different pieces.
+A conversation is never cut: its whole rendered text decides.
+Does not cover: a paragraph that occurs inside two otherwise different pieces; and, where the stamp
+says that the end of the inputs is held out (`position-1`), what occurs in the end and before it.
 """
 
 import hashlib
+import itertools
 import re
 import unicodedata
 import zlib
@@ -18,10 +21,12 @@ from itertools import groupby
 from storage.errors import ConfigurationError, DataError
 
 RULE = "content-hash-1"
+POSITION_RULE = "position-1"
 PIECE_BYTES = 4096
 
 _PARAGRAPH_END = re.compile(r"\n(?:[ \t\r]*\n)+")
 _LINE_END = re.compile(r"\n")
+_LEADING_BLANK = re.compile(r"(?:[ \t\r]*\n)+")
 _CUT_EVERY = 8  # a piece ends after one paragraph in eight, chosen by its own hash: about 2 KB
 
 
@@ -46,10 +51,23 @@ class ValidationStamp:
         return {name: getattr(self, name) for name in self.__slots__}
 
     @staticmethod
+    def by_position(permille: int) -> "ValidationStamp":
+        """The last thousandths of the inputs are held out, whatever they say."""
+        return ValidationStamp(
+            permille=permille, rule=POSITION_RULE, normalisation="", hash="", piece_bytes=0
+        )
+
+    @property
+    def is_by_position(self) -> bool:
+        return self.rule == POSITION_RULE
+
+    @staticmethod
     def from_json(value: object, *, where: str) -> "ValidationStamp":
         if not isinstance(value, dict) or not isinstance(value.get("permille"), int):
             raise DataError(f"{where}: the validation stamp must be an object with a permille")
         stamp = ValidationStamp(permille=value["permille"])
+        if value.get("rule") == POSITION_RULE:
+            stamp = ValidationStamp.by_position(value["permille"])
         if stamp.to_json() != value:
             raise DataError(
                 f"{where}: the validation split was made by {value}, this version makes it by "
@@ -64,7 +82,7 @@ def split_document(text: str, stamp: ValidationStamp) -> list[tuple[str, str]]:
     Neighbouring pieces on the same side stay together, so that training text is broken only where
     something was held out.
     """
-    decided = ((_side(normalised, stamp), piece) for piece, normalised in pieces(text))
+    decided = ((side_of(normalised, stamp), piece) for piece, normalised in pieces(text))
     return [
         (side, "".join(piece for _, piece in group))
         for side, group in groupby(decided, key=lambda pair: pair[0])
@@ -76,6 +94,35 @@ def pieces(text: str) -> list[tuple[str, str]]:
     whole: list[tuple[str, str]] = [(block, normalise(block)) for block in _blocks(text)]
     if sum(len(normalised.encode()) + 1 for _, normalised in whole) <= PIECE_BYTES:
         return [_joined(whole)] if text else []
+    return _pieces_of_long(whole)
+
+
+def readings(text: str) -> Iterator[list[str]]:
+    """The normalised pieces of a stored text, in every way in which it may have been cut.
+
+    It was a document, or the part of a longer one that is on one side; then its first and its last
+    paragraph may be what is left of paragraphs that were cut line by line.
+    """
+    yield [normalised for _, normalised in pieces(text)]
+    blank = _LEADING_BLANK.match(text)
+    lead, body = (text[: blank.end()], text[blank.end() :]) if blank else ("", text)
+    paragraphs = list(_cut_after(_PARAGRAPH_END, body))
+    seen: list[list[str]] = []
+    for first, last in itertools.product((False, True), repeat=2):
+        blocks = list(_cut_after(_LINE_END, lead))
+        for number, paragraph in enumerate(paragraphs):
+            cut = (first and number == 0) or (last and number == len(paragraphs) - 1)
+            if cut or len(paragraph) > PIECE_BYTES:
+                blocks += _cut_after(_LINE_END, paragraph)
+            else:
+                blocks.append(paragraph)
+        if blocks not in seen:
+            seen.append(blocks)
+            long = _pieces_of_long([(block, normalise(block)) for block in blocks])
+            yield [normalised for _, normalised in long]
+
+
+def _pieces_of_long(whole: list[tuple[str, str]]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     piece: list[tuple[str, str]] = []
     size = 0
@@ -102,7 +149,8 @@ def normalise(text: str) -> str:
     return " ".join(text.split())
 
 
-def _side(normalised: str, stamp: ValidationStamp) -> str:
+def side_of(normalised: str, stamp: ValidationStamp) -> str:
+    """The split of a piece, by its normalised text."""
     digest = hashlib.sha256(normalised.encode()).digest()
     held_out = (int.from_bytes(digest[:8], "big") * 1000) >> 64 < stamp.permille
     return "validation" if held_out else "train"

@@ -1,16 +1,18 @@
 """Inputs: each document once however the work is cut, and clear words for what cannot be read."""
 
+import gzip
 import json
 import random
 from pathlib import Path
 
 import pytest
 
-from data_service.inputs import FileCorpus, MemoryCorpus
-from storage.errors import DataError
+from data_service.chat import Turn
+from data_service.inputs import Document, FileCorpus, MemoryCorpus
+from storage.errors import ConfigurationError, DataError
 
 
-def texts(corpus: FileCorpus | MemoryCorpus, unit_bytes: int) -> list[str]:
+def texts(corpus: FileCorpus | MemoryCorpus, unit_bytes: int) -> list[Document]:
     units = corpus.units(unit_bytes)
     return [text for unit in units for part in unit for text in corpus.documents(part)]
 
@@ -21,7 +23,7 @@ def test_a_text_cut_in_units_is_whole(tmp_path: Path, separator: str, unit_bytes
     rng = random.Random(1)
     text = separator.join("naïve 世界" * rng.randint(0, 9) for _ in range(40))
     (tmp_path / "a.txt").write_bytes(text.encode())
-    assert "".join(texts(FileCorpus([tmp_path / "a.txt"]), unit_bytes)) == text
+    assert "".join(map(str, texts(FileCorpus([tmp_path / "a.txt"]), unit_bytes))) == text
 
 
 @pytest.mark.parametrize("unit_bytes", [1, 20, 100, 10**6])
@@ -40,7 +42,7 @@ def test_units_are_of_about_the_asked_size(tmp_path: Path) -> None:
         (tmp_path / f"{number}.txt").write_text("x" * 40)
     (tmp_path / "big.txt").write_text("y" * 250)
     units = FileCorpus([tmp_path]).units(100)
-    assert [sum(part.hi - part.lo for part in unit) for unit in units] == [
+    assert [sum(part.size_bytes for part in unit) for unit in units] == [
         *(80, 80, 80, 80, 80, 100, 100, 50)
     ]
 
@@ -73,9 +75,10 @@ def test_another_field_can_hold_the_text(tmp_path: Path) -> None:
         ("a.txt", b"ok \xff", r"a\.txt: not UTF-8 at byte 3"),
         ("a.jsonl", b'{"text": "x"}\n{"text":', r"a\.jsonl: the line at byte 14 is not JSON"),
         ("a.jsonl", b'{"body": "x"}', r"no text in field 'text' \(found: body\).*--text_field"),
-        ("a.jsonl", b"[1]", r"no text in field 'text' \(found: list\)"),
+        ("a.jsonl", b"[1]", r"no text in any field \(found: list\)"),
         ("a.jsonl", b'{"text": 3}', r"no text in field 'text'"),
-        ("a.parquet", b"PAR1", r"\.parquet is not read; unpack it"),
+        ("a.parquet", b"PAR1", r"a\.parquet: cannot be read"),
+        ("a.txt.gz", b"", r"\.gz is not read here .*unpack it"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path: Path, name: str, data: bytes, message: str) -> None:
@@ -106,3 +109,94 @@ def test_texts_in_memory_are_documents_and_described_by_content() -> None:
     assert texts(corpus, 4) == ["one", "zwölf"]
     assert [item.size_bytes for item in corpus.inputs] == [3, 6]
     assert [len(unit) for unit in corpus.units(100)] == [2]
+
+
+def sides(corpus: FileCorpus, unit_bytes: int) -> dict[str, str]:
+    found = {"train": "", "validation": ""}
+    for unit in corpus.units(unit_bytes):
+        for part in unit:
+            found[part.split] += "".join(map(str, corpus.documents(part)))
+    return found
+
+
+@pytest.mark.parametrize("separator", ["\n\n", "\n", " "])
+@pytest.mark.parametrize("unit_bytes", [1, 50, 333, 10**6])
+def test_the_tail_of_a_text_is_cut_exactly(tmp_path: Path, separator: str, unit_bytes: int) -> None:
+    text = separator.join(f"line {n}" for n in range(100))
+    (tmp_path / "a.txt").write_text(text)
+    at = len(text) - len(text) * 100 // 1000
+    found = sides(FileCorpus([tmp_path], tail_permille=100), unit_bytes)
+    assert found == {"train": text[:at], "validation": text[at:]}
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 64, 10**6])
+@pytest.mark.parametrize("permille", [1, 250, 333, 500])
+def test_the_tail_goes_over_files_and_no_character_is_broken(
+    tmp_path: Path, unit_bytes: int, permille: int
+) -> None:
+    texts_of_files = ["naïve 世界\n" * n for n in (3, 17, 1, 9)]
+    for number, text in enumerate(texts_of_files):
+        (tmp_path / f"{number}.txt").write_text(text)
+    found = sides(FileCorpus([tmp_path], tail_permille=permille), unit_bytes)
+    whole = "".join(texts_of_files)
+    assert found["train"] + found["validation"] == whole
+    tail = len(whole.encode()) * permille // 1000
+    assert 0 <= tail - len(found["validation"].encode()) < 4
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 64, 10**6])
+def test_the_tail_of_records_is_whole_records(tmp_path: Path, unit_bytes: int) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n:03d}"}}\n' for n in range(50)))
+    found = sides(FileCorpus([tmp_path], tail_permille=200), unit_bytes)
+    assert found["validation"] == "".join(f"{n:03d}" for n in range(40, 50))
+
+
+def test_a_tail_inside_a_compressed_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 50))
+    corpus = FileCorpus([tmp_path], tail_permille=200)
+    with pytest.raises(ConfigurationError, match="the validation tail begins inside this file"):
+        corpus.units(10)
+    (tmp_path / "b.txt").write_text("x" * 5000)
+    found = sides(FileCorpus([tmp_path], tail_permille=200), 10**6)
+    whole = 5000 + (tmp_path / "a.jsonl.gz").stat().st_size
+    assert found["validation"] == "x" * (whole * 200 // 1000)
+
+
+CHAT = {"instruction": "Add 2 and 3", "input": "", "output": "5"}
+TURNS = (Turn("user", "Add 2 and 3"), Turn("assistant", "5"))
+
+
+def test_the_format_is_seen_by_the_fields(tmp_path: Path) -> None:
+    lines = [json.dumps(CHAT), json.dumps({"text": "prose"})]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    assert texts(FileCorpus([tmp_path]), 10**6) == [TURNS, "prose"]
+
+
+def test_records_of_both_kinds_of_fields_need_a_word(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(json.dumps({**CHAT, "text": "Below is an instruction"}))
+    with pytest.raises(DataError, match="say --format text or --format chat"):
+        texts(FileCorpus([tmp_path]), 10**6)
+    assert texts(FileCorpus([tmp_path], format="chat"), 10**6) == [TURNS]
+    assert texts(FileCorpus([tmp_path], format="text"), 10**6) == ["Below is an instruction"]
+
+
+def test_a_record_that_is_no_conversation_is_refused_where_all_must_be(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "prose"}')
+    with pytest.raises(DataError, match=r"is no conversation \(found: text\); expected"):
+        texts(FileCorpus([tmp_path], format="chat"), 10**6)
+
+
+def test_half_a_surrogate_pair_in_a_conversation_becomes_a_replacement(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a\\ud83db", "output": "c"}')
+    ((question, _),) = texts(FileCorpus([tmp_path]), 10**6)
+    assert question == Turn("user", "a\ufffdb")
+
+
+def test_a_corpus_comes_back_from_its_spec(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 50)
+    corpus = FileCorpus([tmp_path], text_field="body", tail_permille=100)
+    spec = json.loads(json.dumps(corpus.spec()))
+    again = FileCorpus.from_spec(spec)
+    assert again.inputs == corpus.inputs
+    assert sides(again, 40) == sides(corpus, 40)
+    assert MemoryCorpus([("a", "x")]).spec() is None

@@ -1,10 +1,10 @@
-"""The ledger: bound to what is prepared, and units that are done or not."""
+"""The ledger: bound to what is prepared, and batches that are done or not."""
 
 from pathlib import Path
 
 import pytest
 
-from data_service.ledger import BINDING_KEY, BindingError, Ledger
+from data_service.ledger import BINDING_KEY, BindingError, bound_ledger
 from storage.store import Store, open_store
 
 BINDING: dict[str, object] = {
@@ -18,14 +18,14 @@ def store(tmp_path: Path) -> Store:
     return open_store(str(tmp_path / "out"))
 
 
-def test_a_finished_unit_is_known_to_the_next_start(store: Store) -> None:
-    first = Ledger(store, BINDING)
-    assert first.done(3) is None
-    first.finish(3, {"train": [1]})
-    record = Ledger(store, BINDING).done(3)
+def test_a_finished_batch_is_known_to_the_next_start(store: Store) -> None:
+    first = bound_ledger(store, BINDING)
+    assert first.done("unit-3") is None
+    first.finish("unit-3", {"train": [1]})
+    record = bound_ledger(store, BINDING).done("unit-3")
     assert record is not None
     assert record["train"] == [1]
-    assert Ledger(store, BINDING).done(4) is None
+    assert bound_ledger(store, BINDING).done("unit-4") is None
 
 
 @pytest.mark.parametrize(
@@ -49,18 +49,18 @@ def test_a_finished_unit_is_known_to_the_next_start(store: Store) -> None:
 def test_another_preparation_in_the_same_place_is_refused(
     store: Store, change: dict[str, object], message: str
 ) -> None:
-    Ledger(store, BINDING)
+    bound_ledger(store, BINDING)
     with pytest.raises(BindingError, match=message):
-        Ledger(store, {**BINDING, **change})
+        bound_ledger(store, {**BINDING, **change})
 
 
 def test_a_torn_binding_is_written_again(store: Store) -> None:
     store.put(BINDING_KEY, b'{"inputs": [')
-    Ledger(store, BINDING).finish(0, {})
-    assert Ledger(store, BINDING).done(0) is not None
+    bound_ledger(store, BINDING).finish("unit-0", {})
+    assert bound_ledger(store, BINDING).done("unit-0") is not None
 
 
-def test_a_unit_of_another_binding_is_not_done(store: Store) -> None:
-    Ledger(store, BINDING).finish(0, {})
+def test_a_batch_of_another_binding_is_not_done(store: Store) -> None:
+    bound_ledger(store, BINDING).finish("unit-0", {})
     store.delete(BINDING_KEY)
-    assert Ledger(store, {**BINDING, "inputs": []}).done(0) is None
+    assert bound_ledger(store, {**BINDING, "inputs": []}).done("unit-0") is None

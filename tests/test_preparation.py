@@ -1,5 +1,6 @@
 """Preparation: all that goes in comes out, killed or not, and duplicates stay on one side."""
 
+import hashlib
 import logging
 import os
 import random
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 
 from data_service.inputs import FileCorpus, MemoryCorpus
-from data_service.preparation import prepare
+from data_service.preparation import passes_of, prepare
+from data_service.recipe import Recipe
 from data_service.source import Source, open_source
 from data_service.source_index import SPLITS
 from data_service.tokenizer import CharacterTokenizer, Tokenizer, make_tokenizer
 from data_service.validation_split import ValidationStamp, pieces, split_document
-from storage.errors import ConfigurationError, DataError
+from storage.errors import ConfigurationError, DataError, StoreUnavailableError
 from storage.store import open_store
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -302,3 +304,163 @@ def test_preparing_again_makes_a_missing_shard_again(damage: str, tmp_path: Path
         store.put(key, before[key][:-5])
     assert prepare(corpus, store, make_tokenizer("bytes"), **arguments) == index
     assert {key: store.get(key) for key in store.list("")} == before
+
+
+LIMIT_BYTES = 120 << 20
+LIMITED = f"""
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_DATA, ({LIMIT_BYTES}, {LIMIT_BYTES}))
+"""
+PREPARES = (
+    LIMITED
+    + """
+sys.argv[0] = "prepare"
+runpy.run_module("data_service.prepare", run_name="__main__")
+"""
+)
+READS = (
+    LIMITED
+    + """
+print(len(open(sys.argv[1], "rb").read()))
+"""
+)
+
+
+def test_memory_stays_below_a_limit_that_the_input_exceeds(tmp_path: Path) -> None:
+    """Each process has 120 MiB for its data; the input has more, and is shuffled all the same."""
+    rng = random.Random(1)
+    words = ["".join(rng.choices("etaoin", k=1000)) for _ in range(50)]
+    path = tmp_path / "a.jsonl"
+    with open(path, "w") as file:
+        for number in range(13_000):
+            text = " ".join(rng.choices(words, k=10))
+            file.write(f'{{"text": "{number} {text}"}}\n')
+    assert path.stat().st_size > LIMIT_BYTES
+
+    def limited(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", program, *arguments],
+            cwd=ROOT,
+            env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    options = ["--out", str(tmp_path / "out"), "--shard_tokens", "1000000", "--workers", "2"]
+    done = limited(PREPARES, str(path), *options)
+    assert done.returncode == 0, done.stderr
+    index = open_source("a", str(tmp_path / "out")).index
+    assert sum(entry.documents for split in SPLITS for entry in index.shards(split)) == 13_000
+    # The control: the limit is one that a program which holds its input does not keep.
+    assert "MemoryError" in limited(READS, str(path)).stderr
+
+
+def test_the_tail_is_held_out_in_order_and_the_stamp_says_so(tmp_path: Path) -> None:
+    """As nanoGPT and the from-scratch course divide tiny Shakespeare: 90/10 in order."""
+    text = "".join(prose(number, 40) for number in range(9))
+    (tmp_path / "a.txt").write_text(text)
+    corpus = FileCorpus([tmp_path / "a.txt"], tail_permille=100)
+    tokenizer = CharacterTokenizer.of_texts([text])
+    index = prepare(corpus, open_store(str(tmp_path / "out")), tokenizer)
+    assert index.stamp == ValidationStamp.by_position(100)
+    source = open_source("a", str(tmp_path / "out"))
+    assert documents(source, "train") == [text[: int(0.9 * len(text)) + 1]]
+    assert documents(source, "validation") == [text[int(0.9 * len(text)) + 1 :]]
+
+
+def test_a_shuffled_source_has_the_same_documents_in_another_order(tmp_path: Path) -> None:
+    texts = [f"{number} {prose(number, 1)}" for number in range(300)]
+    corpus = MemoryCorpus([(str(number), text) for number, text in enumerate(texts)])
+    found: dict[object, list[str]] = {}
+    for seed in (None, 0, 1):
+        out = tmp_path / str(seed)
+        recipe = Recipe(shard_tokens=5_000, shuffle=seed is not None, shuffle_seed=seed or 0)
+        prepare(corpus, open_store(str(out)), make_tokenizer("bytes"), recipe=recipe)
+        source = open_source("a", str(out))
+        found[seed] = documents(source, "train")
+        assert len(source.shards("train")) > 5
+    assert sorted(found[None]) == sorted(found[0]) == sorted(found[1])
+    assert found[None] != found[0] != found[1]
+    numbers = np.array([int(text.split()[0]) for text in found[0]])
+    assert abs(np.corrcoef(numbers[:-1], numbers[1:])[0, 1]) < 0.2  # 3.4 sigma
+
+
+def test_what_is_spilled_goes_to_the_work_place_and_is_cleared_away(tmp_path: Path) -> None:
+    heard: list[str] = []
+    store, work = open_store(str(tmp_path / "out")), open_store(str(tmp_path / "work"))
+
+    def announce(phase: str) -> None:
+        heard.append(phase)
+        if phase == "prepare:index":
+            assert not store.list("spill/")
+            assert work.list("spill/")
+
+    recipe = Recipe(shard_tokens=9_000, shuffle=True, deduplicate=True)
+    prepare(CORPUS, store, make_tokenizer("bytes"), recipe=recipe, work=work, announce=announce)
+    assert heard[-1] == "prepare:swept"
+    assert not work.list("")
+
+
+def test_a_shard_that_was_lost_after_a_shuffle_is_made_again(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    recipe = Recipe(shard_tokens=9_000, shuffle=True, deduplicate=True)
+    index = prepare(CORPUS, store, make_tokenizer("bytes"), recipe=recipe)
+    before = objects(tmp_path)
+    store.delete(index.train[0].tokens_key)
+    assert prepare(CORPUS, store, make_tokenizer("bytes"), recipe=recipe) == index
+    assert objects(tmp_path) == before
+
+
+def test_no_workers_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="workers must be at least 1, got 0"):
+        prepare(CORPUS, open_store(str(tmp_path)), make_tokenizer("bytes"), workers=0)
+
+
+def test_the_embedded_kind_of_source_is_frozen(tmp_path: Path) -> None:
+    """Unshuffled bytes in units: what every run without data has. Its bits must not change."""
+    prepare(CORPUS, open_store(str(tmp_path)), make_tokenizer("bytes"), **OPTIONS)  # type: ignore[arg-type]
+    shards = {key: data for key, data in objects(tmp_path).items() if key.endswith(".npy")}
+    digest = hashlib.sha256()
+    for key in sorted(shards):
+        digest.update(key.encode() + hashlib.sha256(shards[key]).digest())
+    assert digest.hexdigest()[:16] == "e45f2954f3e4c2e1"
+
+
+def test_spilled_documents_that_are_gone_are_said_and_made_again(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    recipe = Recipe(shard_tokens=9_000, shuffle=True)
+
+    def take_away(phase: str) -> None:
+        if phase == "prepare:bucket":
+            for key in store.list("spill/"):
+                store.delete(key)
+
+    with pytest.raises(StoreUnavailableError, match="what was spilled there is gone"):
+        prepare(CORPUS, store, make_tokenizer("bytes"), recipe=recipe, announce=take_away)
+    index = prepare(CORPUS, store, make_tokenizer("bytes"), recipe=recipe)
+    whole = prepare(CORPUS, open_store("memory://whole"), make_tokenizer("bytes"), recipe=recipe)
+    assert index == whole
+
+
+@pytest.mark.parametrize("extra", [False, True])
+def test_progress_hears_of_every_byte_in_every_pass(extra: bool, tmp_path: Path) -> None:
+    told: list[tuple[int, int, bool]] = []
+    recipe = Recipe(shard_tokens=9_000, shuffle=extra, deduplicate=extra)
+    for is_new in (True, False):
+        told.clear()
+        store = open_store(str(tmp_path))
+        index = prepare(
+            CORPUS,
+            store,
+            make_tokenizer("bytes"),
+            recipe=recipe,
+            advance=lambda *batch: told.append(batch),
+        )
+        size = sum(item.size_bytes for item in CORPUS.inputs)
+        assert sum(size_bytes for size_bytes, _, _ in told) == size * passes_of(recipe)
+        entries = [entry for split in SPLITS for entry in index.shards(split)]
+        assert sum(tokens for _, tokens, _ in told) == sum(entry.tokens for entry in entries)
+        if not extra:
+            assert {new for _, _, new in told} == {is_new}
+        store.delete("index.json")

@@ -67,6 +67,16 @@ def test_json_lines_with_another_field(tmp_path: Path) -> None:
         (["TEXT", "--out", "OUT", "--shard_tokens", "0"], "error: shard_tokens must be at least"),
         (["TEXT", "--out", "OUT", "--validation_permille", "0"], "error: validation_permille must"),
         (["TEXT", "--out", "nosuch://place"], "error: .*nosuch"),
+        (["TEXT", "--out", "OUT", "--validation_tail", "0"], "error: validation_permille must"),
+        (
+            ["TEXT", "--out", "OUT", "--validation_tail", "9", "--validation_permille", "9"],
+            "error: --validation_tail says where",
+        ),
+        (["TEXT", "--out", "OUT", "--format", "chats"], "error: .*--format"),
+        (["TEXT", "--out", "OUT", "--tokenizer", "words"], "error: tokenizer must be one of"),
+        (["TEXT", "--out", "OUT", "--workers", "0"], "error: workers must be at least 1"),
+        (["TEXT", "--out", "OUT", "--max_words", "0"], "error: max_words must be at least 1"),
+        (["TEXT", "--out", "OUT", "--tokenizer_of", "/nowhere"], "error: .*there is no data here"),
     ],
 )
 def test_a_mistake_is_one_line_and_78(
@@ -96,3 +106,34 @@ def test_the_module_is_a_command(text: str, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "training" in done.stdout
+
+
+def test_the_options_of_cleaning_and_chat_reach_the_source(tmp_path: Path) -> None:
+    chat = [{"instruction": f"Add {n}", "output": str(n)} for n in range(40)]
+    texts = [{"text": f"a\r\nb {n % 9}"} for n in range(60)] + [{"text": "one"}]
+    lines = [json.dumps(record) for record in [*chat, *texts]]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    out = str(tmp_path / "out")
+    options = ["--clean", "--deduplicate", "--min_words", "3", "--tokenizer", "bytes-chat"]
+    assert main([str(tmp_path / "a.jsonl"), "--out", out, *options]) == 0
+    source = open_source("a", out)
+    entries = [entry for split in ("train", "validation") for entry in source.shards(split)]
+    whole = "".join(source.tokenizer.decode(source.tokens(e.name, 0, e.tokens)) for e in entries)
+    assert whole.count("<|im_start|>assistant") == 40
+    assert sum(whole.count(f"a\nb {n}<|endoftext|>") for n in range(9)) == 9
+    assert "one" not in whole
+    assert "\r" not in whole
+
+
+def test_order_is_kept_where_asked(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n:03d}"}}\n' for n in range(300)))
+    orders = []
+    for more in ([], ["--no_shuffle"]):
+        out = str(tmp_path / f"out{len(more)}")
+        assert main([str(tmp_path / "a.jsonl"), "--out", out, "--shard_tokens=200", *more]) == 0
+        source = open_source("a", out)
+        shards = source.shards("train")
+        text = "".join(source.tokenizer.decode(source.tokens(e.name, 0, e.tokens)) for e in shards)
+        orders.append(text.split("<|endoftext|>")[:-1])
+    assert orders[0] != sorted(orders[0])
+    assert orders[1] == sorted(orders[0])

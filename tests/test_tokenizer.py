@@ -89,7 +89,7 @@ def test_fingerprints_are_frozen() -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"kind": "words"}, "kind must be one of bytes, characters, gpt2; the spec says 'words'"),
+        ({"kind": "words"}, "must be one of bytes, characters, gpt2, bpe; the spec says 'words'"),
         ({"kind": "characters"}, "must hold its `characters`"),
         ({"kind": "characters", "characters": "ba"}, "must be sorted, without repeats"),
         ({"kind": "gpt2", "vocabulary_sha256": "00"}, "the data was made with"),
@@ -125,3 +125,33 @@ def test_a_network_failure_names_the_cache_folder(
     with pytest.raises(StoreUnavailableError, match=r"could not be loaded.*TIKTOKEN_CACHE_DIR"):
         make_tokenizer("gpt2").encode("a")
     assert os.environ["TIKTOKEN_CACHE_DIR"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bytes-chat", "gpt2-chat"])
+def test_chat_tokenizers_have_two_more_ids_and_the_same_others(
+    name: str, request: pytest.FixtureRequest
+) -> None:
+    if name.startswith("gpt2"):
+        request.getfixturevalue("gpt2")
+    chat, plain = make_tokenizer(name), make_tokenizer(name.removesuffix("-chat"))
+    start = plain.vocab_size
+    assert chat.chat_ids == (start, start + 1)
+    assert (chat.vocab_size, chat.end_of_text) == (start + 2, plain.end_of_text)
+    assert chat.encode(SPECIAL_LOOKING).tolist() == plain.encode(SPECIAL_LOOKING).tolist()
+    assert chat.decode([start, *chat.encode("user")]) == "<|im_start|>user"
+    assert chat.decode([start + 1, chat.end_of_text]) == "<|im_end|><|endoftext|>"
+    assert chat.fingerprint != plain.fingerprint
+    assert tokenizer_from_spec(chat.spec()).fingerprint == chat.fingerprint
+    assert plain.chat_ids is None
+
+
+def test_gpt2_with_chat_fits_the_padded_vocabulary() -> None:
+    tokenizer = make_tokenizer("gpt2-chat")
+    assert tokenizer.chat_ids == (50_257, 50_258)
+    assert tokenizer.vocab_size <= 50_304
+
+
+@pytest.mark.parametrize("name", ["gpt2-", "bytes-chats", "chat", "gpt2-chat-chat"])
+def test_a_name_that_is_nearly_one_is_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="tokenizer must be one of"):
+        make_tokenizer(name)

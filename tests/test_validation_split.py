@@ -12,9 +12,11 @@ from data_service.validation_split import (
     ValidationStamp,
     normalise,
     pieces,
+    readings,
+    side_of,
     split_document,
 )
-from storage.errors import ConfigurationError
+from storage.errors import ConfigurationError, DataError
 
 HALF = ValidationStamp(permille=500)
 WORDS = (
@@ -103,3 +105,40 @@ def test_the_split_is_frozen() -> None:
     assert "".join(sides) == "vtvvtvtvvvttvttttvtvtvvt"
     text = prose(random.Random(7), 100)
     assert [len(piece) for piece, _ in pieces(text)][:6] == [534, 329, 703, 90, 3220, 544]
+
+
+def test_every_part_that_is_stored_is_right_by_one_of_its_readings() -> None:
+    """What `verify` asks of each stored document."""
+    for seed in range(60):
+        rng = random.Random(seed)
+        text = prose(rng, rng.choice([1, 4, 60]))
+        if seed % 3:
+            text += rng.choice(["\n", "\n\n", "\n \n\n\n"])
+            text += prose(rng, 150).replace("\n\n", "\n") + rng.choice(["\n\n\n", "\n", ""])
+            text += prose(rng, rng.choice([1, 90]))
+        for side, part in split_document(text, HALF):
+            ways = list(readings(part))
+            assert any(all(side_of(piece, HALF) == side for piece in way) for way in ways)
+
+
+def test_a_part_on_the_other_side_is_seen() -> None:
+    rng = random.Random(1)
+    stamp = ValidationStamp(permille=100)
+    unseen = 0
+    texts = [prose(rng, 1) for _ in range(300)]
+    for text in texts:
+        ((side, part),) = split_document(text, stamp)
+        other = "train" if side == "validation" else "validation"
+        ways = readings(part)
+        unseen += any(all(side_of(piece, stamp) == other for piece in way) for way in ways)
+    assert unseen == 0
+
+
+def test_a_stamp_by_position_says_so_and_is_another() -> None:
+    stamp = ValidationStamp.by_position(100)
+    assert stamp.is_by_position
+    assert stamp.to_json()["rule"] == "position-1"
+    assert ValidationStamp.from_json(stamp.to_json(), where="x") == stamp
+    assert stamp != ValidationStamp(permille=100)
+    with pytest.raises(DataError, match="the validation split was made by"):
+        ValidationStamp.from_json({**stamp.to_json(), "hash": "sha256"}, where="x")
