@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from trainer.evaluate import evaluate, perplexity
+from trainer.losses import token_losses
 from trainer.model import GPT, ModelConfig, initial_model
 from trainer.numerics import Precision
 
@@ -61,6 +62,7 @@ def found_in_world(
     model: GPT,
     windows: Tensor,
     sources: list[str],
+    learn: Tensor | None = None,
     *,
     micro_batch_size: int = 2,
     precision: Precision = "fp32",
@@ -83,6 +85,7 @@ def found_in_world(
             forward,
             windows,
             sources,
+            learn,
             micro_batch_size=micro_batch_size,
             precision=precision,
             device=torch.device("cpu"),
@@ -119,6 +122,36 @@ def test_the_loss_is_the_mean_over_windows_and_by_source() -> None:
     }
     # float32 beside float64; the exponential multiplies the error by the loss, about 7.
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def learn_of(count: int = len(SOURCES)) -> Tensor:
+    """A mask with other counts in each window, and none in the first."""
+    first = CONTEXT - 3 * torch.arange(count) % CONTEXT
+    return torch.arange(CONTEXT)[None] >= first[:, None]
+
+
+def test_the_loss_is_the_mean_over_learnt_tokens() -> None:
+    model, windows, learn = made(), windows_of(), learn_of()
+    [found] = found_in_world(1, model, windows, SOURCES, learn)
+    with torch.no_grad():
+        losses = token_losses(model(windows[:, :-1]), windows[:, 1:]).double()
+    assert len(set(learn.sum(dim=1).tolist())) == CONTEXT
+    expected = {
+        "validation_loss": float(losses[learn].mean()),
+        "validation_perplexity": math.exp(float(losses[learn].mean())),
+        "validation_loss/code": float(losses[:5][learn[:5]].mean()),
+        "validation_loss/web": float(losses[5:][learn[5:]].mean()),
+    }
+    # float32 in batches of other sizes; the exponential multiplies the error by the loss, about 7.
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert found_in_world(3, model, windows, SOURCES, learn) == [found] * 3
+
+
+def test_a_mask_that_hides_nothing_changes_no_bits() -> None:
+    everything = torch.ones(len(SOURCES), CONTEXT, dtype=torch.bool)
+    model, windows = made(), windows_of()
+    [masked] = found_in_world(1, model, windows, SOURCES, everything)
+    assert found_in_world(1, model, windows, SOURCES) == [masked]
 
 
 @settings(max_examples=25, deadline=None)

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from data_service.batches import Batches
+from data_service.loader import StepRows
 from launch.build import build_training
 from launch.config import RunConfig
 from launch.phase import Phase
 from launch.world import World
-from storage.errors import ConfigurationError, FencedError, StoreUnavailableError
-from tests.made_sources import made_source, plan_of
-from trainer.evaluate import evaluate
-from trainer.loop import Loop, LoopConfig, Surroundings, held_out
+from storage.errors import ConfigurationError, DataError, FencedError, StoreUnavailableError
+from tests.made_sources import made_source, plan_of, segment_of
+from trainer.canary import MOST_NATS
+from trainer.evaluate import evaluate, held_out
+from trainer.loop import Loop, LoopConfig, Surroundings
 from trainer.model import ModelConfig
 from trainer.sample import sample
 from trainer.schedule import ScheduleConfig
@@ -59,8 +61,11 @@ class Recorder:
         save: Callable[[int], bool] = lambda step: True,
         saving: Callable[[int], bool] = lambda step: False,
         save_due: Callable[[int], bool] = lambda step: False,
+        edits: dict[int, Batches] | None = None,
         stop_at: int = 10**9,
         rank: int = 0,
+        rows: Callable[[int], StepRows] | None = None,
+        data_metrics: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self.events: list[tuple[int, str]] = []
         """(finished steps, what)"""
@@ -74,13 +79,16 @@ class Recorder:
         self._save = save
         self._saving = saving
         self._save_due = save_due
+        self._edits = edits or {}
         self._stop_at = stop_at
         self._rank = rank
+        self._rows = rows or (lambda step: StepRows(self._batches.batch(step), None))
+        self._data_metrics = data_metrics
         self._phase = Phase(lambda phase, step: self.events.append((step, phase)))
 
-    def next(self, step: int) -> Any:
+    def next(self, step: int) -> StepRows:
         self.positions.append(step)
-        return self._batches.batch(step)
+        return self._rows(step)
 
     def loop(self, max_steps: int, **config: Any) -> Loop:
         around = Surroundings(
@@ -95,6 +103,8 @@ class Recorder:
             put_off=lambda step: self._phase("put_off"),
             save_locally=lambda step, healthy: self._phase("save_locally"),
             wait_for_copy=lambda: self._phase("wait_for_copy"),
+            data_metrics=self._data_metrics,
+            edited=self._edited,
         )
         options = NEVER | {"sample_tokens": 3, "eval_windows": 4} | config
         return Loop(
@@ -117,8 +127,16 @@ class Recorder:
     def _flags(self) -> Flags:
         step = self._phase.step + 1
         return Flags(
-            stop=step >= self._stop_at, saving=self._saving(step), save_due=self._save_due(step)
+            stop=step >= self._stop_at,
+            saving=self._saving(step),
+            save_due=self._save_due(step),
+            edit=step in self._edits,
         )
+
+    def _edited(self, step: int) -> Batches:
+        self._phase("edit")
+        self._batches = self._edits[step]
+        return self._batches
 
     def _keep(self, step: int, *, validation_loss: float | None, healthy: bool, wait: bool) -> bool:
         if self.fenced:
@@ -192,6 +210,7 @@ def test_an_interval_of_0_switches_off_even_at_the_end_but_the_last_save(batches
         "learning_rate",
         "gradient_norm",
         "tokens_per_second",
+        *("loss/code", "loss/web", "tokens/code", "tokens/web"),
     }
 
 
@@ -206,12 +225,13 @@ def test_a_save_is_told_the_validation_loss_of_its_step(batches: Batches) -> Non
 def test_the_validation_loss_is_that_of_the_model_after_the_step(batches: Batches) -> None:
     recorded = recorder(batches)
     assert recorded.loop(2, eval_interval_steps=1).run(0, 0)
-    windows, sources = held_out(batches, 4)
+    windows, sources, learn = held_out(batches, 4, ["code", "web"])
     expected = evaluate(
         recorded.training.model,
         recorded.training.model,
         windows,
         sources,
+        learn,
         micro_batch_size=16,
         precision="fp32",
         device=CPU,
@@ -228,10 +248,129 @@ def test_the_validation_loss_is_that_of_the_model_after_the_step(batches: Batche
 
 
 def test_held_out_windows_are_those_of_all_sources_in_order(batches: Batches) -> None:
-    windows, sources = held_out(batches, 3)
+    windows, sources, learn = held_out(batches, 3, ["code", "web"])
+    assert learn is None
     assert sources == ["code"] * 3 + ["web"] * 3
     expected = np.concatenate([batches.validation_rows(3)[name] for name in ("code", "web")])
     assert windows.tolist() == expected.tolist()
+
+
+@pytest.fixture(scope="module")
+def edited(batches: Batches, tmp_path_factory: pytest.TempPathFactory) -> Batches:
+    """As `batches`, with another source from step 3 on."""
+    more = made_source(tmp_path_factory.mktemp("more"), "more", start=9)
+    sources = batches.sources | {"more": more}
+    plan = batches.plan.appended(segment_of([more], from_step=3))
+    return Batches(plan=plan, sources=sources, seed=5, context=8, global_batch_size=2)
+
+
+def test_an_edit_comes_after_the_save_of_its_step_and_before_the_next(
+    batches: Batches, edited: Batches
+) -> None:
+    recorded = recorder(batches, edits={3: edited})
+    assert recorded.loop(5, save_interval_steps=3, eval_interval_steps=1).run(0, 0)
+    after = [event for event in recorded.events if event[1] in ("step", "save", "edit")]
+    around = after.index((3, "edit"))
+    assert after[around - 1 : around + 2] == [(3, "save"), (3, "edit"), (3, "step")]
+
+
+def test_an_edit_is_not_made_where_the_loop_ends(batches: Batches, edited: Batches) -> None:
+    for options in ({"stop_at": 3}, {}):
+        recorded = recorder(batches, edits={3: edited}, **options)
+        recorded.loop(3 if not options else 9).run(0, 0)
+        assert recorded.steps_of("edit") == []
+
+
+def test_evaluation_sees_a_source_from_the_first_step_that_it_is_trained_on(
+    batches: Batches, edited: Batches
+) -> None:
+    """Also when steps before the edit are done again, after a crash: the same metrics."""
+    live = recorder(batches, edits={3: edited})
+    again = recorder(edited)
+    for recorded in (live, again):
+        assert recorded.loop(5, eval_interval_steps=1).run(0, 0)
+    seen = [["validation_loss/more" in row for row in r.rows] for r in (live, again)]
+    assert seen == [[False, False, False, True, True]] * 2
+    for one, other in zip(live.rows, again.rows, strict=True):
+        one.pop("tokens_per_second"), other.pop("tokens_per_second")
+        assert one == other
+
+
+class Masked:
+    """Batches whose source "code" has masks: `learnt` of the 8 targets of a window count."""
+
+    def __init__(self, batches: Batches, learnt: int) -> None:
+        self._batches = batches
+        self._learnt = learnt
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._batches, name)
+
+    def rows(self, step: int) -> StepRows:
+        learn = [self._of(source, 1)[0] for source in self._batches.sources_of(step)]
+        return StepRows(self._batches.batch(step), np.stack(learn))
+
+    def validation_learn(self, n: int) -> dict[str, Any]:
+        rows = self._batches.validation_rows(n)
+        return {name: self._of(name, len(rows[name])) for name in reversed(rows)}
+
+    def _of(self, source: str, count: int) -> Any:
+        least = 8 - self._learnt if source == "code" else 0
+        return np.broadcast_to(np.arange(8) >= least, (count, 8)).copy()
+
+
+def test_held_out_masks_belong_to_their_windows(batches: Batches) -> None:
+    windows, sources, learn = held_out(Masked(batches, 3), 2, ["code", "web"])  # type: ignore[arg-type]
+    assert windows.tolist() == held_out(batches, 2, ["code", "web"])[0].tolist()
+    assert learn is not None
+    assert learn.sum(dim=1).tolist() == [{"code": 3, "web": 8}[source] for source in sources]
+
+
+def test_held_out_windows_without_learnt_tokens_are_refused(batches: Batches) -> None:
+    with pytest.raises(DataError, match="the 2 validation windows of source 'code' hold no token"):
+        held_out(Masked(batches, 0), 2, ["code", "web"])  # type: ignore[arg-type]
+
+
+def test_a_row_tells_loss_and_tokens_of_each_source(batches: Batches) -> None:
+    masked = Masked(batches, 3)
+    recorded = recorder(batches, rows=masked.rows)
+    assert recorded.loop(6).run(0, 0)
+    for step, row in enumerate(recorded.rows):
+        sources = batches.sources_of(step)
+        learnt = {name: sources.count(name) * n for name, n in (("code", 3), ("web", 8))}
+        told = {name: row[f"tokens/{name}"] for name in set(sources)}
+        assert told == {name: learnt[name] for name in set(sources)}
+        total = sum(row[f"loss/{name}"] * tokens for name, tokens in told.items())
+        # Two roundings of float64 each.
+        assert row["loss"] == pytest.approx(total / sum(told.values()), rel=1e-12)
+    assert {name for row in recorded.rows for name in row if "/" in name} == {
+        f"{what}/{name}" for what in ("loss", "tokens") for name in ("code", "web")
+    }
+
+
+def test_a_source_without_learnt_tokens_in_a_step_has_no_loss_there(batches: Batches) -> None:
+    recorded = recorder(batches, rows=Masked(batches, 0).rows)
+    assert recorded.loop(2, save_interval_steps=1).run(0, 0)
+    assert [row["tokens/code"] for row in recorded.rows] == [0, 0]
+    assert not any("loss/code" in row for row in recorded.rows)
+    assert [row["loss"] for row in recorded.rows] == [row["loss/web"] for row in recorded.rows]
+    assert all(healthy for _, _, healthy in recorded.saves)
+
+
+def test_what_the_data_says_of_itself_is_in_the_row(batches: Batches) -> None:
+    waited = iter([0.5, 0.25])
+    recorded = recorder(batches, data_metrics=lambda: {"data_wait_seconds": next(waited)})
+    assert recorded.loop(2).run(0, 0)
+    assert [row["data_wait_seconds"] for row in recorded.rows] == [0.5, 0.25]
+
+
+def test_each_evaluation_looks_at_the_canary(batches: Batches) -> None:
+    recorded = recorder(batches)
+    assert recorded.loop(4, eval_interval_steps=2).run(0, 0)
+    told = [row.get("validation_canary_nats") for row in recorded.rows]
+    assert [found is not None for found in told] == [False, True, False, True]
+    assert all(found is None or found < MOST_NATS for found in told)
+    assert "validation_canary_loss" in recorded.rows[-1]
 
 
 def test_rows_come_from_the_position_and_steps_count_on(batches: Batches) -> None:

@@ -185,6 +185,7 @@ def test_rows_wait_for_the_flush(tmp_path: Path) -> None:
 def test_all_numbers_of_a_row_are_curves_at_the_time_of_the_step(tmp_path: Path) -> None:
     clock = iter([1.0, 2.0, 1234.56789, 1235.5])
     numbers = {"loss": 2.5, "learning_rate": 0.25, "validation_loss/code": 3.5}
+    numbers |= {"loss/code": 2.25, "tokens/code": 96}
     metrics = Metrics(tmp_path, generation=1, step=0, wall_clock=lambda: next(clock))
     with metrics:
         metrics.add({"step": 1, **numbers})

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from launch.presets import PRESETS
 from storage.errors import ConfigurationError
+from trainer.losses import token_losses
 from trainer.model import (
     GPT,
     AttentionBackend,
@@ -19,7 +20,6 @@ from trainer.model import (
     initial_model,
     padded_vocabulary,
     parameter_count,
-    token_losses,
 )
 
 SMALL = ModelConfig(n_layer=2, n_head=2, n_embd=32, context=16)
@@ -171,17 +171,6 @@ def test_the_head_is_the_embedding() -> None:
     # Doubling is exact in floating point, so this holds to the bit.
     assert torch.equal(after[..., 7], 2.0 * before[..., 7])
     assert torch.equal(after[..., others], before[..., others])
-
-
-def test_token_losses_are_the_cross_entropy_of_each_token() -> None:
-    logits = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0)) * 4
-    targets = tokens_of(3, 5) % 64
-    losses = token_losses(logits.bfloat16(), targets)
-    reference = -torch.log_softmax(logits.bfloat16().double(), dim=2)
-    assert losses.dtype == torch.float32
-    # float32 beside float64, values of order 10.
-    expected = reference.gather(2, targets[..., None])[..., 0]
-    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-5)
 
 
 def test_one_batch_is_learned_by_heart() -> None:

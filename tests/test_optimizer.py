@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from storage.errors import ConfigurationError, IntegrityError
-from trainer.model import GPT, ModelConfig, initial_model, token_losses
+from trainer.losses import token_losses
+from trainer.model import GPT, ModelConfig, initial_model
 from trainer.optimizer import (
     OptimizerConfig,
     load_optimizer_state,

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.reduction import EXTRAS, GradientReducer, Range, hosted_range, subtrees
+from trainer.reduction import GradientReducer, Range, hosted_range, subtrees
 
 MOST = 12
 """Virtual ranks up to which every world is tried."""
@@ -31,12 +31,12 @@ Result = TypeVar("Result")
 
 
 class Worlds:
-    """Worlds of 1 to MOST ranks in this process. A thread is the same rank in all of them."""
+    """Worlds of 1 to `most` ranks in this process. A thread is the same rank in all of them."""
 
-    def __init__(self) -> None:
-        self._threads = [ThreadPoolExecutor(1) for _ in range(MOST)]
+    def __init__(self, most: int = MOST) -> None:
+        self._threads = [ThreadPoolExecutor(1) for _ in range(most)]
         self._mine = threading.local()
-        stores = {size: dist.HashStore() for size in range(2, MOST + 1)}
+        stores = {size: dist.HashStore() for size in range(2, most + 1)}
 
         def join(rank: int) -> None:
             self._mine.groups = {
@@ -45,18 +45,18 @@ class Worlds:
                 if rank < size
             }
 
-        self._on_ranks(MOST, join)
+        self._on_ranks(most, join)
 
     def close(self) -> None:
         """End the groups, which takes gloo a while for each, at the same time."""
-        self._on_ranks(MOST, lambda rank: self._mine.groups.clear())
+        self._on_ranks(len(self._threads), lambda rank: self._mine.groups.clear())
         for thread in self._threads:
             thread.shutdown()
 
-    def run(self, size: int, work: Callable[[int], Tensor]) -> list[Tensor]:
+    def run(self, size: int, work: Callable[[int], Result]) -> list[Result]:
         """What `work(rank)` gives on every rank of a world."""
 
-        def in_world(rank: int) -> Tensor:
+        def in_world(rank: int) -> Result:
             self._mine.group = self._mine.groups.get(size)
             return work(rank)
 
@@ -100,7 +100,7 @@ def parts_of(virtual_ranks: int, length: int, seed: int) -> list[Tensor]:
 
 def reducer_of(parts: Parts, rank: int, size: int, *, exact: bool = True) -> GradientReducer:
     return GradientReducer(
-        len(parts[0]) - EXTRAS,
+        len(parts[0]),
         virtual_ranks=len(parts),
         rank=rank,
         size=size,
@@ -144,7 +144,7 @@ def test_every_world_has_the_bits_of_the_tree(worlds: Worlds, virtual_ranks: int
 
 
 @settings(max_examples=60, deadline=None)
-@given(data=st.data(), length=st.integers(EXTRAS, 40), seed=st.integers(0, 10**6))
+@given(data=st.data(), length=st.integers(1, 40), seed=st.integers(0, 10**6))
 def test_any_length_and_world_has_the_bits_of_one_process(
     worlds: Worlds, data: st.DataObject, length: int, seed: int
 ) -> None:
@@ -269,12 +269,12 @@ def test_a_process_of_a_world_uses_its_vectors_again(worlds: Worlds, size: int) 
 
 @settings(deadline=None)
 @given(length=st.integers(0, 1000), size=st.integers(1, 16))
-def test_a_vector_holds_gradient_and_extras_in_equal_slices(length: int, size: int) -> None:
+def test_a_vector_is_cut_into_equal_slices(length: int, size: int) -> None:
     reducer = GradientReducer(
         length, virtual_ranks=16, rank=0, size=size, device=torch.device("cpu"), exact=True
     )
     assert reducer.length % size == 0
-    assert length + EXTRAS <= reducer.length < length + EXTRAS + size
+    assert length <= reducer.length < length + size
 
 
 @pytest.mark.parametrize("exact", [True, False])

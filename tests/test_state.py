@@ -210,6 +210,13 @@ def test_restoring_puts_the_generators_back_last(batches: Batches, loaded: Loade
     assert json.loads(json.dumps(generators())) == loaded.extra["generators"]
 
 
+def test_the_state_names_the_cursor_that_its_commit_will_say(batches: Batches) -> None:
+    state = captured(made(batches), batches, 3)
+    whole = batches.cursor(3)
+    assert state.exact["cursor"] == whole
+    assert state.cursor == {"plan": whole["plan"], "digest": whole["digest"]}
+
+
 def test_a_capture_shares_memory_with_the_model(batches: Batches) -> None:
     """As its docstring says: whoever keeps it beside training must copy."""
     training = made(batches)

@@ -1,22 +1,26 @@
 """One step: its gradient is that of the whole batch, clipped, scaled and applied."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from storage.errors import ConfigurationError
-from trainer.model import GPT, ModelConfig, initial_model, token_losses
+from tests.test_reduction import Worlds
+from trainer.losses import token_losses
+from trainer.model import GPT, ModelConfig, initial_model
 from trainer.numerics import Precision, make_scaler
 from trainer.optimizer import OptimizerConfig, make_optimizer
 from trainer.reduction import GradientReducer
 from trainer.schedule import ScheduleConfig, learning_rate
-from trainer.step import BatchConfig, Flags, StepResult, StepSettings, TrainStep, gradient_length
+from trainer.step import BatchConfig, Flags, StepResult, StepSettings, TrainStep, reduced_length
 
 CPU = torch.device("cpu")
 SCHEDULE = ScheduleConfig(max_steps=20, learning_rate=1e-2, warmup_steps=2)
@@ -33,6 +37,13 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module")
+def worlds() -> Iterator[Worlds]:
+    made = Worlds(3)
+    yield made
+    made.close()
+
+
 def rows_of(size: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(VOCABULARY, (size, CONTEXT + 1), generator=generator)
@@ -46,14 +57,16 @@ def made(
     clip_norm: float = 0.0,
     dropout: float = 0.0,
     exact: bool = True,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> TrainStep:
     config = ModelConfig(n_layer=2, n_head=2, n_embd=16, context=CONTEXT, dropout=dropout)
     model = initial_model(config, VOCABULARY, seed=2)
     reducer = GradientReducer(
-        gradient_length(model),
+        reduced_length(model, batch),
         virtual_ranks=batch.virtual_ranks,
-        rank=0,
-        size=1,
+        rank=rank,
+        size=world_size,
         device=CPU,
         exact=exact,
     )
@@ -63,8 +76,8 @@ def made(
         precision=precision,
         clip_norm=clip_norm,
         seed=3,
-        rank=0,
-        world_size=1,
+        rank=rank,
+        world_size=world_size,
     )
     optimizer = make_optimizer(model, OptimizerConfig())
     scaler = make_scaler(precision, CPU) if scaler is None else scaler
@@ -75,14 +88,17 @@ def run(
     training: TrainStep,
     step: int,
     rows: Tensor,
+    learn: Tensor | None = None,
     *,
     flags: Callable[[], Flags] = Flags,
     announce: Callable[[str], None] = lambda phase: None,
 ) -> StepResult:
-    return training.run(step, rows, flags=flags, announce=announce)
+    return training.run(step, rows, learn, flags=flags, announce=announce)
 
 
-def gradients_at(phase: str, training: TrainStep, rows: Tensor) -> tuple[StepResult, list[Tensor]]:
+def gradients_at(
+    phase: str, training: TrainStep, rows: Tensor, learn: Tensor | None = None
+) -> tuple[StepResult, list[Tensor]]:
     """The first step, and the gradients as they are when it enters a phase."""
     found: list[Tensor] = []
 
@@ -90,7 +106,7 @@ def gradients_at(phase: str, training: TrainStep, rows: Tensor) -> tuple[StepRes
         if name == phase:
             found.extend(p.grad.clone() for p in training.model.parameters() if p.grad is not None)
 
-    return run(training, 0, rows, announce=listener), found
+    return run(training, 0, rows, learn, announce=listener), found
 
 
 def reference(rows: Tensor) -> tuple[float, GPT]:
@@ -133,6 +149,161 @@ def test_the_gradient_is_that_of_the_whole_batch(batch: BatchConfig, exact: bool
         )
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     assert result.gradient_norm == pytest.approx(float(norm), rel=1e-5)  # as SAME_SUM
+
+
+def learn_of(size: int, seed: int) -> Tensor:
+    """A mask as of answers in chats: some sequences wholly learnt, some not at all."""
+    generator = torch.Generator().manual_seed(seed)
+    first = torch.randint(-2, CONTEXT + 3, (size, 1), generator=generator)
+    return torch.arange(CONTEXT)[None] >= first
+
+
+def masked_reference(rows: Tensor, learn: Tensor) -> tuple[float, GPT]:
+    """Loss and gradients of the whole batch at once, as PyTorch alone gives them."""
+    model = made(BatchConfig()).model.train()
+    targets = torch.where(learn, rows[:, 1:], -100)
+    loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), targets.flatten(), ignore_index=-100)
+    loss.backward()
+    return loss.item(), model
+
+
+@settings(max_examples=25, deadline=None)
+@given(batch=batches(), exact=st.booleans(), seed=st.integers(0, 1000))
+def test_the_gradient_is_that_of_the_mean_over_learnt_tokens(
+    batch: BatchConfig, exact: bool, seed: int
+) -> None:
+    rows, learn = rows_of(batch.global_batch_size), learn_of(batch.global_batch_size, seed)
+    learn[0, 0] = True
+    result, found = gradients_at("update:before", made(batch, exact=exact), rows, learn)
+    loss, model = masked_reference(rows, learn)
+    assert result.loss == pytest.approx(loss, rel=1e-6)  # as without a mask
+    assert result.learnt == tuple(learn.sum(dim=1).tolist())
+    for (name, parameter), gradient in zip(model.named_parameters(), found, strict=True):
+        # Means over fewer tokens are larger, up to order 1, and so are their roundings.
+        torch.testing.assert_close(
+            gradient,
+            parameter.grad,
+            rtol=1e-4,
+            atol=1e-6 * learn.numel() / int(learn.sum()),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+def test_without_the_mask_the_gradient_is_another() -> None:
+    """Negative control: the reference tells a step that forgets the mask, or the larger mean."""
+    batch = BatchConfig(global_batch_size=8)
+    rows, learn = rows_of(8), learn_of(8, seed=1)
+    _, model = masked_reference(rows, learn)
+    expected = [p.grad for p in model.parameters() if p.grad is not None]
+    with patch("trainer.step.targets_of", lambda rows, learn: rows[:, 1:]):
+        _, unmasked = gradients_at("update:before", made(batch), rows, learn)
+    with patch("trainer.step.learnt_tokens", lambda targets: torch.full((1,), CONTEXT)):
+        _, smaller = gradients_at("update:before", made(batch), rows, learn)
+    for wrong in (unmasked, smaller):
+        assert not any(torch.allclose(a, b, rtol=0.1) for a, b in zip(wrong, expected, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_mask_that_hides_nothing_changes_no_bits(precision: Precision) -> None:
+    batch = BatchConfig(global_batch_size=8, micro_batch_size=2, virtual_ranks=3)
+    masked, plain = made(batch, precision=precision), made(batch, precision=precision)
+    for step in range(3):
+        rows = rows_of(8, seed=step)
+        everything = torch.ones(8, CONTEXT, dtype=torch.bool)
+        assert run(masked, step, rows, everything) == run(plain, step, rows)
+    assert same_bits(weights(masked), weights(plain))
+
+
+def test_what_is_not_learnt_is_not_looked_at() -> None:
+    """The last token of a row is a target only: any other in its place gives the same bits."""
+    batch = BatchConfig(global_batch_size=8, micro_batch_size=3, virtual_ranks=2)
+    one, other = made(batch), made(batch)
+    rows, learn = rows_of(8), learn_of(8, seed=1)
+    learn[:, -1] = False
+    changed = rows.clone()
+    changed[:, -1] = (rows[:, -1] + 1) % VOCABULARY
+    assert run(one, 0, rows, learn) == run(other, 0, changed, learn)
+    assert same_bits(weights(one), weights(other))
+
+
+def test_a_batch_without_learnt_tokens_has_no_gradient_and_no_nan() -> None:
+    batch = BatchConfig(global_batch_size=8, micro_batch_size=2, virtual_ranks=3)
+    training = made(batch, clip_norm=1.0)
+    run(training, 5, rows_of(8))
+    nothing = torch.zeros(8, CONTEXT, dtype=torch.bool)
+    result, found = gradients_at("update:before", training, rows_of(8), nothing)
+    assert not any(gradient.any() for gradient in found)
+    assert (result.loss, result.gradient_norm, sum(result.learnt)) == (0.0, 0.0, 0)
+    assert all(torch.isfinite(weight).all() for weight in weights(training))
+
+
+def test_clipping_is_of_the_gradient_of_learnt_tokens() -> None:
+    batch = BatchConfig(global_batch_size=8, micro_batch_size=8, virtual_ranks=1)
+    rows, learn = rows_of(8), learn_of(8, seed=1)
+    result, found = gradients_at("update:after", made(batch, clip_norm=0.05), rows, learn)
+    _, model = masked_reference(rows, learn)
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.05)
+    assert result.gradient_norm == pytest.approx(float(norm), rel=1e-5)  # as SAME_SUM
+    for parameter, gradient in zip(model.parameters(), found, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, **SAME_SUM)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_step_says_the_loss_of_every_sequence(exact: bool) -> None:
+    batch = BatchConfig(global_batch_size=7, micro_batch_size=2, virtual_ranks=3)
+    rows, learn = rows_of(7), learn_of(7, seed=2)
+    model = made(batch).model
+    result = run(made(batch, exact=exact), 0, rows, learn)
+    with torch.no_grad():
+        losses = token_losses(model(rows[:, :-1]), rows[:, 1:]).double() * learn
+    # float32 beside float32 in micro-batches of other sizes.
+    assert result.losses == pytest.approx(losses.sum(dim=1).tolist(), rel=1e-5)
+    assert result.learnt == tuple(learn.sum(dim=1).tolist())
+    assert result.loss == pytest.approx(float(losses.sum()) / int(learn.sum()), rel=1e-5)
+
+
+def steps_in_world(
+    worlds: Worlds, size: int, *, exact: bool
+) -> list[tuple[list[StepResult], list[Tensor]]]:
+    """What three masked steps say on every rank of a world, and the weights after them."""
+    batch = BatchConfig(global_batch_size=11, micro_batch_size=2, virtual_ranks=5)
+    trainings = [  # here: threads share the generator that draws the weights
+        made(batch, clip_norm=0.5, exact=exact, rank=rank, world_size=size) for rank in range(size)
+    ]
+
+    def work(rank: int) -> tuple[list[StepResult], list[Tensor]]:
+        torch.set_num_threads(1)
+        training = trainings[rank]
+        mine = batch.rows_of(rank, size)
+        part = slice(mine.start, mine.stop)
+        results = [
+            run(training, step, rows_of(11, seed=step)[part], learn_of(11, seed=step)[part])
+            for step in range(3)
+        ]
+        return results, weights(training)
+
+    return worlds.run(size, work)
+
+
+def test_masked_steps_have_the_same_bits_in_any_world(worlds: Worlds) -> None:
+    [(results, after)] = steps_in_world(worlds, 1, exact=True)
+    assert all(0 < sum(result.learnt) < 11 * CONTEXT for result in results)
+    for size in (2, 3):
+        for found, weights_found in steps_in_world(worlds, size, exact=True):
+            assert found == results
+            assert same_bits(weights_found, after)
+
+
+def test_losses_of_sequences_are_exact_even_where_sums_are_not(worlds: Worlds) -> None:
+    """`fast` adds in another order, but zeros change nothing: equal before the first update."""
+    firsts = [
+        (results[0].losses, results[0].learnt, results[0].loss)
+        for size in (1, 2, 3)
+        for exact in (True, False)
+        for results, _ in steps_in_world(worlds, size, exact=exact)
+    ]
+    assert len(firsts) == 12
+    assert len(set(firsts)) == 1
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3, 8, 100])
@@ -236,8 +407,8 @@ def test_scaling_the_loss_does_not_change_float32() -> None:
         batch, clip_norm=0.5, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**16, enabled=True)
     )
     for step in range(4):
-        rows = rows_of(8, seed=step)
-        assert run(plain, step, rows) == run(scaled, step, rows)
+        rows, learn = rows_of(8, seed=step), learn_of(8, seed=step) if step % 2 else None
+        assert run(plain, step, rows, learn) == run(scaled, step, rows, learn)
     assert same_bits(weights(plain), weights(scaled))
 
 
@@ -269,9 +440,11 @@ def test_half_precision_is_near_float32(precision: Precision) -> None:
         assert run(half, step, rows).loss == pytest.approx(run(full, step, rows).loss, rel=5e-3)
 
 
-@pytest.mark.parametrize("answers", [[False] * 4, [True] * 4, [False, False, False, True]])
+@pytest.mark.parametrize(
+    "answers", [[False] * 4, [True] * 4, [False, False, False, True], [True, False, False, False]]
+)
 @pytest.mark.parametrize("exact", [True, False])
-@pytest.mark.parametrize("name", ["stop", "saving", "save_due"])
+@pytest.mark.parametrize("name", ["stop", "saving", "saving_locally", "save_due", "edit"])
 def test_a_flag_that_any_virtual_rank_raises_is_returned_alone(
     name: str, answers: list[bool], exact: bool
 ) -> None:

@@ -1,9 +1,11 @@
 """The same bits in 1, 2, 3 and 4 processes, also when their number changes on the way."""
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
+from tests.made_sources import write_source
 from tests.programs import curve, final_digest, rows, train, train_here, train_until_killed
 
 SHAPE = (
@@ -31,7 +33,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Pa
     return run
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.soak), 3, 4])
 def test_any_number_of_processes_gives_the_same_bits(
     world: int, alone: Path, tmp_path: Path, data: tuple[str, ...]
 ) -> None:
@@ -41,7 +43,7 @@ def test_any_number_of_processes_gives_the_same_bits(
     assert rows(run) == rows(alone)
 
 
-@pytest.mark.parametrize("waits", [True, False])
+@pytest.mark.parametrize("waits", [pytest.param(True, marks=pytest.mark.soak), False])
 def test_a_walk_over_1_4_2_1_processes_gives_the_same_bits(
     waits: bool, alone: Path, tmp_path: Path, data: tuple[str, ...]
 ) -> None:
@@ -59,6 +61,30 @@ def test_a_walk_over_1_4_2_1_processes_gives_the_same_bits(
     assert final_digest(run) == final_digest(alone)
     assert curve(run) == curve(alone)
     assert [step for step, _ in curve(run)] == list(range(1, 17))
+    for name in ("loss/numbers", "tokens/letters"):
+        assert curve(run, name) == curve(alone, name) != []
+
+
+def test_a_loss_mask_gives_the_same_bits_in_any_number_of_processes(
+    tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    """Of one source a third of the tokens is learnt, of the other all; one run is killed."""
+    chat = write_source(
+        tmp_path / "chat", train=(3000, 2000), validation=(700,), permille=100, masked=True
+    )
+    shape = (*data[:1], f"--data=chat={chat}:2", *SHAPE, "--max_steps=8")
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    assert train_here("--run", alone, *shape) == 0
+    train_until_killed("--run", killed, *shape, phase="reduce", nth=5, world=2)
+    train("--run", killed, *shape, world=3)
+    assert final_digest(killed) == final_digest(alone)
+    assert rows(killed) == rows(alone)
+    learnt = sum(value for _, value in curve(alone, "tokens/chat"))
+    assert 0.3 < learnt / (8 * 7 * 32) < 0.4, "half of the sequences, a third of their tokens"
+    everything = tmp_path / "everything"
+    with patch("trainer.step.targets_of", lambda rows, learn: rows[:, 1:]):
+        assert train_here("--run", everything, *shape) == 0
+    assert final_digest(everything) != final_digest(alone)
 
 
 def test_without_keyed_randomness_the_number_of_processes_shows(

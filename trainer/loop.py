@@ -9,7 +9,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from data_service.batches import Batches
+from data_service.loader import StepRows
 from data_service.tokenizer import Tokenizer
 from storage.errors import ConfigurationError, StoreUnavailableError
-from trainer.evaluate import evaluate
+from trainer.canary import canary_window, check_canary
+from trainer.evaluate import evaluate, held_out
+from trainer.losses import by_source
 from trainer.sample import sample
 from trainer.step import Flags, StepResult, TrainStep
 
@@ -69,8 +72,8 @@ class LoopConfig:
 class Rows(Protocol):
     """Where this process's rows of each global batch come from."""
 
-    def next(self, step: int) -> Any:
-        """(rows, T + 1) int64, a numpy array."""
+    def next(self, step: int) -> StepRows:
+        """Their tokens, and which of them are learnt."""
 
 
 class Announce(Protocol):
@@ -90,7 +93,10 @@ class Surroundings:
     `wait_for_copy`; with `wait` it returns when that and all before it are over, and whether the
     step was committed, the same on every rank. `put_off` is told that a save waits for the one in
     flight. `save_locally` begins a snapshot to the local tier, if there is one. `save` raises
-    FencedError when a later incarnation owns the run.
+    FencedError when a later incarnation owns the run. `edited` answers what operators ask of the
+    plan, between the step that it is given and the next; it returns the batches from there on, and
+    the rows change with them. `data_metrics` is what the data has to say of the step; the names
+    begin with `data_`.
     """
 
     rank: int
@@ -104,6 +110,8 @@ class Surroundings:
     put_off: Callable[[int], None]
     save_locally: Callable[[int, bool], None]
     wait_for_copy: Callable[[], None]
+    edited: Callable[[int], Batches]
+    data_metrics: Callable[[], dict[str, float]] = dict
 
 
 class Save(Protocol):
@@ -135,7 +143,9 @@ class Loop:
         self._config = config
         self._seed = seed
         self._max_steps = max_steps
-        self._validation = held_out(batches, config.eval_windows)
+        self._validated = list(batches.plan.sources)
+        self._validation = held_out(batches, config.eval_windows, self._validated)
+        self._canary = canary_window(seed, batches.context, batches.vocab_size)
         self._healthy = True
         self._waiting = False
 
@@ -146,28 +156,40 @@ class Loop:
         while step < self._max_steps:
             around.announce.step = step
             around.announce("step")
-            rows = torch.from_numpy(self._rows.next(position)).to(around.device)
+            rows = self._rows.next(position)
             result = self._training.run(
                 step,
-                rows,
+                torch.from_numpy(rows.tokens).to(around.device),
+                None if rows.learn is None else torch.from_numpy(rows.learn).to(around.device),
                 flags=around.flags,
                 announce=around.announce,
                 before_update=around.wait_for_copy,
             )
+            sources = self._batches.sources_of(position)
             step, position = step + 1, position + 1
             around.announce.step = step
             self._healthy = self._healthy and math.isfinite(result.loss)
             last = step == self._max_steps
-            row = self._row(step, result, speed, last=last)
+            row = self._row(step, result, sources, speed, last=last)
             around.record(row)
             if step % config.log_interval_steps == 0 or last:
                 self._log(row, speed)
             self._save_if_due(step, row.get("validation_loss"), result.flags, last=last)
             if result.flags.stop and not last:
                 return False
+            if result.flags.edit and not last:
+                self._batches = around.edited(position)
         return True
 
-    def _row(self, step: int, result: StepResult, speed: "_Speed", *, last: bool) -> dict[str, Any]:
+    def _row(
+        self,
+        step: int,
+        result: StepResult,
+        sources: Sequence[str],
+        speed: "_Speed",
+        *,
+        last: bool,
+    ) -> dict[str, Any]:
         """What step `step` says of itself; evaluation and samples where they are due."""
         row: dict[str, Any] = {
             "step": step,
@@ -176,6 +198,11 @@ class Loop:
             "gradient_norm": result.gradient_norm,
             "tokens_per_second": round(speed.of_last_step(step), 1),
         }
+        for source, (loss, tokens) in by_source(result.losses, result.learnt, sources).items():
+            row[f"tokens/{source}"] = tokens
+            if tokens:
+                row[f"loss/{source}"] = loss
+        row |= self._around.data_metrics()
         config = self._config
         if _due(step, config.eval_interval_steps) or (last and config.eval_interval_steps):
             row |= self._evaluate(step)
@@ -187,13 +214,14 @@ class Loop:
         return row
 
     def _evaluate(self, step: int) -> dict[str, float]:
-        windows, sources = self._validation
+        windows, sources, learn = self._held_out(step)
         around = self._around
         found = evaluate(
             self._training.model,
             self._training.forward,
             windows,
             sources,
+            learn,
             micro_batch_size=self._config.eval_micro_batch_size,
             precision=self._training.precision,
             device=around.device,
@@ -202,6 +230,13 @@ class Loop:
             gather=around.gather,
             announce=around.announce,
         )
+        found |= check_canary(
+            self._training.model,
+            self._training.forward,
+            self._canary,
+            precision=self._training.precision,
+            device=around.device,
+        )
         logger.info(
             "step %d: validation loss %.4f, perplexity %.2f",
             step,
@@ -209,6 +244,17 @@ class Loop:
             found["validation_perplexity"],
         )
         return found
+
+    def _held_out(self, step: int) -> tuple[Tensor, list[str], Tensor | None]:
+        """Of the sources trained on so far: a later edit is not seen at a step that is done again.
+
+        A source that was removed stays: what is forgotten shows.
+        """
+        names = list(self._batches.plan.prefix(step).sources)
+        if names != self._validated:
+            self._validated = names
+            self._validation = held_out(self._batches, self._config.eval_windows, names)
+        return self._validation
 
     def _samples(self, step: int) -> list[dict[str, str]]:
         tokenizer: Tokenizer = self._batches.tokenizer
@@ -267,14 +313,6 @@ class Loop:
                 "committed before is safe. Start again with the same command when the store works"
             )
         self._waiting = False
-
-
-def held_out(batches: Batches, windows: int) -> tuple[Tensor, list[str]]:
-    """The validation windows of all sources, (W, T + 1) int64, and the source of each."""
-    by_source = batches.validation_rows(windows)
-    parts = [torch.from_numpy(rows) for rows in by_source.values()]
-    names = [name for name, rows in by_source.items() for _ in range(len(rows))]
-    return torch.cat(parts), names
 
 
 def _due(step: int, interval: int) -> bool:

@@ -166,12 +166,6 @@ class GPT(nn.Module):
             return F.linear(self.transformer(tokens), weight)
 
 
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats of each token, in float32: (B, T, V), (B, T) -> (B, T)."""
-    flat = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    return flat.view_as(targets)
-
-
 def initial_model(config: ModelConfig, vocab_size: int, seed: int) -> GPT:
     """The model a run begins with: the same bits for the same arguments, on the CPU."""
     with torch.random.fork_rng(devices=[]):

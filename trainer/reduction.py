@@ -15,9 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-EXTRAS = 5
-"""Numbers that ride behind the gradient: the loss, and how many virtual ranks raise each flag."""
-
 Range = tuple[int, int]
 
 
@@ -40,8 +37,9 @@ def subtrees(inside: Range, node: Range) -> list[Range]:
 class GradientReducer:
     """Sums one flat float32 vector per virtual rank over all processes.
 
-    `accumulate(v, vector)` adds virtual rank v's part into a zeroed vector. Not thread-safe; all
-    processes of the world call `reduce` together.
+    `accumulate(v, vector)` adds virtual rank v's part into a zeroed vector; with `fast`, into that
+    of the virtual ranks before it. `length` counts what is added: the gradient, and what rides
+    behind it. Not thread-safe; all processes of the world call `reduce` together.
     """
 
     def __init__(
@@ -54,8 +52,7 @@ class GradientReducer:
         device: torch.device,
         exact: bool,
     ) -> None:
-        self._slice = -(-(length + EXTRAS) // size)
-        self._length = length
+        self._slice = -(-length // size)
         self._virtual_ranks = virtual_ranks
         self._rank = rank
         self._size = size
@@ -65,7 +62,7 @@ class GradientReducer:
 
     @property
     def length(self) -> int:
-        """Elements of a vector: the gradient, then the extras, then padding."""
+        """Elements of a vector: what is added, then padding."""
         return self._slice * self._size
 
     def reduce(

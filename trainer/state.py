@@ -14,6 +14,7 @@ from checkpointing.generators import generators, restore_generators
 from checkpointing.load import Loaded
 from checkpointing.save import TrainingState
 from data_service.batches import Batches
+from data_service.recorded import committed_cursor
 from storage.errors import IntegrityError
 from trainer.model import GPT
 from trainer.optimizer import load_optimizer_state, optimizer_state
@@ -25,12 +26,13 @@ def capture(training: TrainStep, step: int, *, batches: Batches, seed: int) -> T
     names: dict[Tensor, str] = {p: name for name, p in training.model.named_parameters()}
     tensors, numbers = optimizer_state(training.optimizer, names)
     model = training.model.state_dict()
+    cursor = batches.cursor(step)
     return TrainingState(
         tensors={f"model.{name}": tensor for name, tensor in model.items()}
         | {f"optimizer.{name}": tensor for name, tensor in tensors.items()},
         exact={
             "step": step,
-            "cursor": batches.cursor(step),
+            "cursor": cursor,
             "scaler": training.scaler.state_dict(),
             "seed": seed,
             "optimizer": numbers,
@@ -40,6 +42,7 @@ def capture(training: TrainStep, step: int, *, batches: Batches, seed: int) -> T
             "vocab_size": batches.vocab_size,
             "tokenizer": batches.tokenizer.spec(),
         },
+        cursor=committed_cursor(cursor),
     )
 
 

@@ -6,16 +6,17 @@ steps; not on how many processes share the work.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 
 import torch
 from torch import Tensor, nn
 
 from storage.errors import ConfigurationError
-from trainer.model import GPT, token_losses
+from trainer.losses import learnt_tokens, mean_loss, sequence_losses, targets_of, token_losses
+from trainer.model import GPT
 from trainer.numerics import Precision, autocast, keyed_randomness
 from trainer.optimizer import set_learning_rate
-from trainer.reduction import EXTRAS, GradientReducer, hosted_range
+from trainer.reduction import GradientReducer, hosted_range
 from trainer.schedule import ScheduleConfig, learning_rate
 
 
@@ -72,19 +73,25 @@ class Flags:
     """A snapshot of it to the local tier is in flight."""
     save_due: bool = False
     """A save is due by the clock, or an operator asked for one."""
+    edit: bool = False
+    """An operator asked for an edit of the plan."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What a step says of itself. `loss` in nats a token, before the update.
+    """What a step says of itself, the same on every process.
 
-    `flags` are the same on every process.
+    `loss` is in nats a learnt token, before the update; 0 when the batch has no such token.
     """
 
     loss: float
     gradient_norm: float
     learning_rate: float
     flags: Flags
+    losses: tuple[float, ...]
+    """By sequence of the global batch: the sum over its learnt tokens, in nats."""
+    learnt: tuple[int, ...]
+    """By sequence of the global batch: how many tokens are learnt."""
 
 
 class TrainStep:
@@ -107,12 +114,16 @@ class TrainStep:
         self._reducer = reducer
         self._settings = settings
         self._parameters = [p for p in model.parameters() if p.requires_grad]
-        self._length = gradient_length(model)
+        size, self._length = settings.batch.global_batch_size, gradient_length(model)
+        self._flags = slice(self._length, self._length + len(fields(Flags)))
+        self._losses = slice(self._flags.stop, self._flags.stop + size)
+        self._learnt = slice(self._losses.stop, self._losses.stop + size)
 
     def run(
         self,
         step: int,
         rows: Tensor,
+        learn: Tensor | None = None,
         *,
         flags: Callable[[], Flags],
         announce: Callable[[str], None],
@@ -120,7 +131,9 @@ class TrainStep:
     ) -> StepResult:
         """Make the step after `step` finished ones.
 
-        `rows` is this process's part of the global batch, (rows, T + 1) int64 on the device.
+        `rows` is this process's part of the global batch, (rows, T + 1) int64 on the device, and
+        `learn` (rows, T) bool: whether each target counts; None means all. A batch in which none
+        does has a gradient of zero, and what the moments and the decay make of that.
         `before_update` is called before the state changes: a copy of it may be under way.
         """
         settings = self._settings
@@ -129,26 +142,29 @@ class TrainStep:
         self.model.train()
 
         def accumulate(virtual_rank: int, vector: Tensor) -> None:
-            self._accumulate(step, virtual_rank, rows, vector, announce)
-            told = flags()
-            raised = [told.stop, told.saving, told.saving_locally, told.save_due]
-            vector[self._length + 1 : self._length + EXTRAS] = torch.tensor(raised)
+            self._accumulate(step, virtual_rank, rows, learn, vector, announce)
+            vector[self._flags] += torch.tensor(astuple(flags()), device=vector.device)
 
         total = self._reducer.reduce(accumulate, announce)
-        loss, *raised = total[self._length : self._length + EXTRAS].tolist()
-        stop, saving, saving_locally, save_due = (count > 0 for count in raised)
+        told, losses, counts = self._told(total)
         self._point_gradients_into(total)
+        gradient = total[: self._length]
+        tokens, learnt = len(counts) * (rows.shape[1] - 1), sum(counts)
+        if 0 < learnt < tokens:  # a mean over all tokens becomes that over learnt ones
+            gradient.mul_(tokens / learnt)
         announce("update:before")
-        norm = self._update(total[: self._length], before_update)
+        norm = self._update(gradient, before_update)
         announce("update:after")
         for parameter in self._parameters:
             parameter.grad = None
         self._reducer.release(total)
         return StepResult(
-            loss=loss,
+            loss=mean_loss(losses, counts),
             gradient_norm=norm,
             learning_rate=rate,
-            flags=Flags(stop=stop, saving=saving, saving_locally=saving_locally, save_due=save_due),
+            flags=told,
+            losses=losses,
+            learnt=counts,
         )
 
     def _accumulate(
@@ -156,10 +172,14 @@ class TrainStep:
         step: int,
         virtual_rank: int,
         rows: Tensor,
+        learn: Tensor | None,
         vector: Tensor,
         announce: Callable[[str], None],
     ) -> None:
-        """Add the gradient and the loss of a virtual rank's share into `vector`."""
+        """Add the gradient of a virtual rank's share into `vector`, and write its losses there.
+
+        Each sequence has a place of its own, zero from all others: sums of that are exact.
+        """
         settings, batch = self._settings, self._settings.batch
         share = batch.share(virtual_rank)
         first = batch.rows_of(settings.rank, settings.world_size).start
@@ -169,15 +189,25 @@ class TrainStep:
         for micro_batch, start in enumerate(starts):
             announce("micro_batch")
             stop = min(start + batch.micro_batch_size, share.stop)
-            part = rows[start - first : stop - first]
+            own = slice(start - first, stop - first)
+            targets = targets_of(rows[own], None if learn is None else learn[own])
             with keyed_randomness(
                 rows.device, "dropout", settings.seed, step, virtual_rank, micro_batch
             ):
                 with autocast(settings.precision, rows.device):
-                    logits = self.forward(part[:, :-1])
-                loss = token_losses(logits, part[:, 1:]).sum() / tokens_in_step
+                    logits = self.forward(rows[own, :-1])
+                losses = token_losses(logits, targets)
+                loss = losses.sum() / tokens_in_step
                 self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-            vector[self._length] += loss.detach()
+            vector[self._losses][start:stop] = sequence_losses(losses)
+            vector[self._learnt][start:stop] = learnt_tokens(targets)
+
+    def _told(self, total: Tensor) -> tuple[Flags, tuple[float, ...], tuple[int, ...]]:
+        """What rides behind the gradient: flags, and by sequence its loss and learnt tokens."""
+        parts = (self._flags, self._losses, self._learnt)
+        counts, losses, learnt = (total[part].tolist() for part in parts)
+        raised = {field.name: count > 0 for field, count in zip(fields(Flags), counts, strict=True)}
+        return Flags(**raised), tuple(losses), tuple(map(int, learnt))
 
     def _point_gradients_into(self, vector: Tensor) -> None:
         """Make every `.grad` a view of the flat vector, in the order of the parameters."""
@@ -203,3 +233,8 @@ class TrainStep:
 def gradient_length(model: nn.Module) -> int:
     """Elements of the flat gradient."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def reduced_length(model: nn.Module, batch: BatchConfig) -> int:
+    """Elements of what the processes add up: the gradient, flags, and two for each sequence."""
+    return gradient_length(model) + len(fields(Flags)) + 2 * batch.global_batch_size
