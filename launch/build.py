@@ -13,7 +13,7 @@ from trainer.model import initial_model, padded_vocabulary, parameter_count
 from trainer.numerics import make_scaler, resolve_precision, set_up_numerics
 from trainer.optimizer import make_optimizer
 from trainer.reduction import GradientReducer, hosted_range
-from trainer.step import StepSettings, TrainStep, gradient_length
+from trainer.step import StepSettings, TrainStep, reduced_length
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def build_training(config: RunConfig, world: World, batches: Batches) -> TrainSt
     forward = torch.compile(model) if config.numerics.compile else model
     precision = resolve_precision(config.numerics.precision, world.device)
     reducer = GradientReducer(
-        gradient_length(model),
+        reduced_length(model, config.batch),
         virtual_ranks=config.batch.virtual_ranks,
         rank=world.rank,
         size=world.size,

@@ -16,6 +16,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 
 from checkpointing.retention import RetentionConfig
+from data_service.embedded import EMBEDDED_NAMES
+from data_service.plan import parse_data_flag, parse_weights_flag
 from launch.presets import PRESETS
 from storage.commands import parse
 from storage.errors import ConfigurationError
@@ -49,6 +51,14 @@ class RunConfig:
     """TOML file with sections named as below."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=URL[:WEIGHT] of a prepared source; none means the embedded corpus."""
+    weights: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=WEIGHT[@STEP],WEIGHT@STEP...: weights of a source, linear between the steps."""
+    data_alternate: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=URL of a second place of a remote source, asked when the first fails."""
+    cache_dir: str = ""
+    """Folder of this host for shards of remote sources; empty for ~/.cache/rangeflow."""
+    cache_gigabytes: float = 0.0
+    """What the cache may take; 0 for 30, or 80 % of what is free if that is less."""
     seed: int = 0
     """Decides initial weights, order of data, dropout and samples."""
     save_interval: Literal["fixed", "auto"] = "fixed"
@@ -79,6 +89,14 @@ class RunConfig:
                 "save_interval_seconds must be a number from 0, which turns it off; got "
                 f"{self.save_interval_seconds}"
             )
+        if not 0.0 <= self.cache_gigabytes < math.inf:
+            raise ConfigurationError(
+                f"cache_gigabytes must be a number from 0, got {self.cache_gigabytes}"
+            )
+        if "://" in self.cache_dir:
+            raise ConfigurationError(
+                f"cache_dir must be a folder of this host, got {self.cache_dir!r}"
+            )
         if "://" in self.local_tier:
             raise ConfigurationError(
                 f"local_tier must be a folder of this host, such as /dev/shm/rangeflow; got "
@@ -96,7 +114,11 @@ KINDS = {
     "numerics": "identity",
     "loop.eval_micro_batch_size": "identity",
     "data": "schedule",
+    "weights": "schedule",
     "schedule": "schedule",
+    "data_alternate": "runtime",
+    "cache_dir": "runtime",
+    "cache_gigabytes": "runtime",
     "run": "runtime",
     "preset": "runtime",
     "config": "runtime",
@@ -163,7 +185,29 @@ def parse_config(arguments: Sequence[str]) -> RunConfig | None:
         prog="launch/train.py",
         config=(tyro.conf.OmitArgPrefixes,),
     )
+    if parsed is not None:
+        _check_weights(parsed)
     return parsed
+
+
+def _check_weights(config: RunConfig) -> None:
+    """Every source that is weighed is given; a preset's are those that it was made for."""
+    weighed = {parse_weights_flag(text)[0] for text in config.weights}
+    needed = {parse_weights_flag(text)[0] for text in PRESETS[config.preset].get("weights", ())}
+    embedded = () if config.data or needed else EMBEDDED_NAMES
+    given = {*embedded, *(parse_data_flag(text).name for text in config.data)}
+    missing = sorted(weighed - given)
+    if not missing:
+        return
+    if needed & set(missing):
+        raise ConfigurationError(
+            f"preset {config.preset} trains on sources that you name: give "
+            f"{' '.join(f'--data {name}=URL' for name in missing)}; docs/recipes.md shows how "
+            "they are prepared"
+        )
+    raise ConfigurationError(
+        f"--weights {missing[0]}: there is no such source; there are {', '.join(sorted(given))}"
+    )
 
 
 def _value_of(flag: str, arguments: Sequence[str]) -> str | None:
@@ -187,11 +231,14 @@ def _toml(path: str) -> dict[str, Any]:
 
 def _base(preset: str, file: dict[str, Any]) -> RunConfig:
     """The configuration that a preset means, with the lists in a file's sections."""
-    base = RunConfig(preset=preset)
+    chosen = PRESETS[preset]
+    base = RunConfig(preset=preset, weights=chosen.get("weights", ()))
     changes: dict[str, Any] = {}
-    for section in {*PRESETS[preset], *(name for name, v in file.items() if isinstance(v, dict))}:
+    for section in {*chosen, *(name for name, v in file.items() if isinstance(v, dict))} - {
+        "weights"
+    }:
         lists = {k: tuple(v) for k, v in file.get(section, {}).items() if isinstance(v, list)}
-        fields = PRESETS[preset].get(section, {}) | lists
+        fields = chosen.get(section, {}) | lists
         changes[section] = dataclasses.replace(getattr(base, section), **fields)
     return dataclasses.replace(base, **changes)
 
@@ -213,7 +260,7 @@ def _as_flags(kind: Any, fields: dict[str, Any], *, where: str) -> list[str]:
             raise ConfigurationError(f"{where}: {name} is {value!r}, expected {_said(hint)}")
         if isinstance(value, bool):
             flags.append(f"--{name}" if value else f"--no_{name}")
-        elif name in ("data", "accept_change"):
+        elif name in ("data", "data_alternate", "weights", "accept_change"):
             flags += [f"--{name}={one}" for one in value]
         elif isinstance(value, list):
             continue  # its texts could be taken for flags: `_base` has them

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from checkpointing.asks import Inbox, Request
 from checkpointing.beats import Beats
 from checkpointing.history import Checkpoint, history
 from checkpointing.incarnation import Incarnation
@@ -32,12 +31,15 @@ from checkpointing.tier import (
     for_tier,
     tier_store,
 )
+from data_service.edits import KIND as EDIT
 from launch.config import RunConfig
+from launch.editing import ASKED, LiveData
 from launch.notice import Notice
 from launch.phase import Phase
 from launch.world import World
 from storage.canonical import sha256_hex
 from storage.errors import ConfigurationError, FencedError, StoreUnavailableError
+from storage.requests import Inbox, Request
 from storage.store import Store
 from trainer.loop import LoopConfig, Surroundings
 from trainer.metrics import Metrics
@@ -84,10 +86,12 @@ class Keeper:
         self._begun = False
         self._prepared = False
         self._mean_seconds = PRIOR_SECONDS
-        self._inbox = Inbox(store)
+        self._inbox = Inbox(store, ASKED)
         self._asked: list[Request] = []
         self._told: list[Request] = []
         self._answering: list[Request] = []
+        self._edits: list[Request] = []
+        self._edits_taken: set[str] = set()
         self._lock = threading.Lock()
         self._past = history(incarnation.records if incarnation is not None else ())
         self._saver = Saver(
@@ -143,7 +147,16 @@ class Keeper:
         found = self._inbox.pending()
         with self._lock:
             answering = {request.key for request in self._answering}
-            self._asked = [request for request in found if request.key not in answering]
+            news = [r for r in found if r.key not in answering | self._edits_taken]
+            self._asked = [request for request in news if request.kind != EDIT]
+            self._edits = [request for request in news if request.kind == EDIT]
+
+    def take_edits(self) -> list[Request]:
+        """The requests for edits that were found and not taken before; who takes them answers."""
+        with self._lock:
+            taken, self._edits = self._edits, []
+            self._edits_taken |= {request.key for request in taken}
+            return taken
 
     def flush(self) -> None:
         """Write the rows so far. Only while the incarnation is known to own the run."""
@@ -163,6 +176,7 @@ class Keeper:
         with self._lock:
             self._told = list(self._asked)
             asked = {request.kind for request in self._told}
+            edit = bool(self._edits)
         due = interval > 0 and self._clock() - self._last_save >= interval
         local = self._local
         return Flags(
@@ -170,6 +184,7 @@ class Keeper:
             saving=self._saver.busy,
             saving_locally=local is not None and local.busy,
             save_due=self._incarnation is not None and (due or "save" in asked),
+            edit=edit,
         )
 
     def save(self, step: int, *, validation_loss: float | None, healthy: bool, wait: bool) -> bool:
@@ -304,9 +319,18 @@ def open_tier(
 
 
 def surroundings(
-    world: World, keeper: Keeper, notice: Notice, phase: Phase, beats: Beats | None
+    world: World,
+    keeper: Keeper,
+    data: LiveData,
+    notice: Notice,
+    phase: Phase,
+    beats: Beats | None,
+    measured: Callable[[], dict[str, float]] = dict,
 ) -> Surroundings:
-    """The loop's view of this process. A fenced process stops as one that got a notice."""
+    """The loop's view of this process. A fenced process stops as one that got a notice.
+
+    `measured` gives what is added to the row of each step.
+    """
 
     def flags() -> Flags:
         told = keeper.flags()
@@ -325,6 +349,8 @@ def surroundings(
         put_off=keeper.put_off,
         save_locally=keeper.save_locally,
         wait_for_copy=keeper.wait_for_copy,
+        data_metrics=measured,
+        edited=lambda step: data.answer(keeper.take_edits(), step),
     )
 
 

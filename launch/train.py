@@ -8,7 +8,6 @@ import logging
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from launch.notice import Notice
 from launch.phase import Phase
 
 if TYPE_CHECKING:
+    from checkpointing.save import TrainingState
     from launch.config import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -49,9 +49,10 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
     from checkpointing.beats import Beats
     from checkpointing.restore import restore
     from checkpointing.retention import sweep
-    from data_service.loader import Loader
     from launch.build import build_training, settled
+    from launch.caching import RemoteData
     from launch.data import open_batches
+    from launch.editing import Editor, LiveData
     from launch.logs import set_up_logging
     from launch.opening import open_run
     from launch.running import (
@@ -81,10 +82,12 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
         if beats is not None:
             stack.enter_context(beats)
 
-        batches = open_batches(config, world, owner, phase)
+        tier = open_tier(config, world, store, owner)  # a snapshot may be newer than any checkpoint
+        remote = stack.enter_context(RemoteData(config))
+        editor = Editor(config, world, store, owner, phase, remote)
+        batches = editor.answer_waiting(open_batches(config, world, owner, phase, remote))
         training = build_training(config, world, batches)
 
-        tier = open_tier(config, world, store, owner)
         step, position, parent = 0, 0, None
         loaded = restore(store, owner, world, announce=phase)
         if loaded is not None:
@@ -95,24 +98,29 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
             logger.info(
                 "going on from step %d, saved by generation %d", step, loaded.checkpoint.generation
             )
+            del loaded  # its tensors hold memory, or the files of a checkpoint to be retired
         if owner is not None:
             sweep(store, owner)
 
         metrics = open_metrics(config, store, owner, step, stack) if owner else None
-        now = partial(capture, training, batches=batches, seed=config.seed)
+        data = stack.enter_context(LiveData(config, world, batches, editor, remote, position))
+
+        def now(step: int) -> "TrainingState":
+            return capture(training, step, batches=data.batches, seed=config.seed)
+
         keeper = Keeper(config, world, store, owner, metrics, now, phase, parent, tier)
         stack.enter_context(keeper)
         if beats is not None:
             beats.afterwards = keeper.beat
-        mine = config.batch.rows_of(world.rank, world.size)
-        rows = Loader(batches, [(mine.start, mine.stop)], start_step=position)
-        stack.enter_context(rows)
+            beats.more = remote.beat
+        stack.callback(remote.close)  # before the loader, which may be waiting for it
+        remote.waited_seconds = lambda: data.waited_seconds
 
         loop = Loop(
             training,
             batches,
-            rows,
-            surroundings(world, keeper, notice, phase, beats),
+            data,
+            surroundings(world, keeper, data, notice, phase, beats, remote.measured),
             loop_config(config),
             seed=config.seed,
             max_steps=config.schedule.max_steps,

@@ -1,11 +1,20 @@
 """Negative controls: each replaces one named function, and a guarantee must then fail."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import count
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import patch
 
+from torch import Tensor, nn
+
+from data_service.batches import Batches
+from data_service.loader import StepRows
+from launch.editing import LiveData
+from launch.running import Keeper
 from trainer.schedule import learning_rate
+from trainer.step import Flags
 
 _calls = count()
 
@@ -22,21 +31,56 @@ def _forgotten_moments(training: object, tensors: object, numbers: object) -> No
     return None
 
 
+def _seeing_ahead(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, is_causal: bool) -> Tensor:
+    weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(dim=-1)
+    return nn.functional.dropout(weights, dropout_p) @ v
+
+
+def _prompt_flags(keeper: Keeper) -> Flags:
+    """Requests are looked for before every look at the flags, and not every five seconds."""
+    if keeper._incarnation is not None:
+        keeper.beat()
+    return _flags(keeper)
+
+
+def _late_rows(data: LiveData, batches: Batches, step: int) -> Any:
+    """On all ranks but the first, an edit changes the rows one step too late."""
+    loader = _loaded(data, batches, step)
+    before = getattr(data, "_loader", None) and data.batches
+    if not before or not data._mine.start:
+        return loader
+    mine = (data._mine.start, data._mine.stop)
+    told = iter([StepRows(before.rows(step, *mine), before.learn(step, *mine))])
+
+    def late(at: int) -> Any:
+        right = loader.next(at)
+        return next(told, right)
+
+    return SimpleNamespace(next=late, close=loader.close, waited_seconds=0.0)
+
+
+_flags, _loaded = Keeper.flags, LiveData._loaded
+
 CONTROLS: dict[str, tuple[str, Callable[..., object]]] = {
     "fence": ("checkpointing.incarnation.refuse_if_fenced", lambda records, claim: None),
     "rng_key": ("trainer.step.keyed_randomness", _keyless),
     "cursor": ("trainer.state.resume_position", lambda batches, exact: 0),
     "scaler": ("trainer.state.restore_scaler", lambda scaler, state: None),
     "moments": ("trainer.state.restore_optimizer", _forgotten_moments),
+    "late_edit": ("launch.editing.LiveData._loaded", _late_rows),
+    "prompt": ("launch.running.Keeper.flags", _prompt_flags),  # not broken: for tests of requests
+    "causal": ("torch.nn.functional.scaled_dot_product_attention", _seeing_ahead),
     "learning_rate": ("trainer.step.learning_rate", _forgotten_rate),
 }
 
 
 @contextmanager
 def broken(control: str) -> Iterator[None]:
-    """With one mechanism left out."""
+    """With one mechanism left out, or several: `one+another`."""
     global _calls
     _calls = count()
-    target, replacement = CONTROLS[control]
-    with patch(target, replacement):
+    with ExitStack() as stack:
+        for name in control.split("+"):
+            target, replacement = CONTROLS[name]
+            stack.enter_context(patch(target, replacement))
         yield

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from data_service.plan import parse_weights_flag
 from launch.config import KINDS, RunConfig, fields_of_kind, parse_config
 from launch.train import main
 from storage.errors import ConfigurationError
@@ -280,3 +281,34 @@ def test_texts_of_a_list_in_a_file_are_never_flags(toml: Toml) -> None:
     config = toml.parse("[loop]\nsample_prompts = ['--help', '--seed=5', '-x']")
     assert config.loop.sample_prompts == ("--help", "--seed=5", "-x")
     assert config.seed == 0
+
+
+def test_weights_over_steps_are_given_by_name_and_the_last_wins(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text('data = ["a=x/a", "b=x/b"]\nweights = ["a=1,0@50", "b=0.5"]\n')
+    config = parse_config(["--config", str(file), "--weights=b=0@10,2@50"])
+    assert config is not None
+    assert config.weights == ("a=1,0@50", "b=0.5", "b=0@10,2@50")
+    assert fields_of_kind(config, "schedule")["weights"] == list(config.weights)
+    parsed = dict(parse_weights_flag(text) for text in config.weights)
+    assert parsed == {"a": ((0, 1_000_000), (50, 0)), "b": ((10, 0), (50, 2_000_000))}
+    embedded = parse_config(["--weights=python=2"])
+    assert embedded is not None and embedded.weights == ("python=2",)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("c=1", "--weights c: there is no such source; there are a$"),
+        ("a", "--weights must be NAME=WEIGHT or .*; got 'a'"),
+        ("a=1,2", "--weights must be NAME=WEIGHT or"),
+        ("a=1@5@6", "--weights must be NAME=WEIGHT or"),
+        ("a=1@x", "--weights must be NAME=WEIGHT or"),
+        ("a=1@99999999", "--weights must be NAME=WEIGHT or"),
+        ("a=x@5", "a weight must be a number such as 0.3 or 2; got 'x'"),
+        ("../a=1", "a source's name must be"),
+    ],
+)
+def test_weights_that_mean_nothing_are_refused(weights: str, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        parse_config(["--data=a=x/a", f"--weights={weights}"])

@@ -10,6 +10,7 @@ from checkpointing.history import history
 from checkpointing.incarnation import Incarnation, claim_run
 from data_service.batches import Batches
 from data_service.plan import Plan
+from launch.caching import RemoteData
 from launch.config import parse_config
 from launch.data import open_batches
 from launch.phase import Phase
@@ -63,7 +64,7 @@ def incarnation_of(run: Path) -> Incarnation:
 def opened(run: Path, *data: str) -> Batches:
     """The batches of a start of its own."""
     config = parse_config(["--run", str(run), *SHAPE, *(f"--data={flag}" for flag in data)])
-    return open_batches(config, ALONE, incarnation_of(run), Phase())
+    return open_batches(config, ALONE, incarnation_of(run), Phase(), RemoteData(config))
 
 
 def plans(run: Path) -> list[Plan]:
@@ -130,6 +131,27 @@ def test_a_run_that_goes_on_with_other_weights_opens_a_segment_there(
     assert {name for name, *_ in batches.sample_ids(4)} == {"b"}
 
 
+def test_weights_over_steps_are_recorded_with_the_plan(sources: Path, run: Path) -> None:
+    data = (f"--data=a={sources}/a", f"--data=b={sources}/b", "--weights=b=0@2,3@4")
+    assert train_here("--run", run, *data, *SHAPE) == 0
+    assert train_here("--run", run, *data, *SHAPE, "--max_steps=8") == 0
+    (plan,) = plans(run)
+    (segment,) = plan.segments
+    points = {source.name: source.weights for source in segment.sources}
+    assert points == {"a": ((0, 1_000_000),), "b": ((2, 0), (4, 3_000_000))}
+    assert segment.anchors, "a ramp is gone through once"
+    batches = opened(run, *(flag.removeprefix("--data=") for flag in data[:2]))
+    assert batches.plan != plan, "the same data without the weights is another mixture"
+
+
+def test_a_start_without_data_goes_on_with_that_of_the_run(sources: Path, run: Path) -> None:
+    data = (f"--data=a={sources}/a", f"--data=b={sources}/b:3")
+    assert train_here("--run", run, *data, *SHAPE, "--max_steps=4") == 0
+    assert train_here("--run", run, *SHAPE) == 0
+    assert len(plans(run)) == 1
+    assert not (run / "corpus").exists(), "the embedded corpus is for a run that has no data"
+
+
 def test_a_change_is_recorded_once(sources: Path, run: Path) -> None:
     flags = (f"--data=a={sources}/a:1", f"--data=b={sources}/b:1")
     other = (f"--data=a={sources}/a:3", f"--data=b={sources}/b:1")
@@ -180,7 +202,7 @@ def test_a_fenced_incarnation_records_no_plan(sources: Path, run: Path) -> None:
     incarnation_of(run)
     config = parse_config(["--run", str(run), *SHAPE, f"--data=a={sources}/a"])
     with pytest.raises(FencedError, match="generation 1 is fenced: generation 2 has claimed"):
-        open_batches(config, ALONE, stale, Phase())
+        open_batches(config, ALONE, stale, Phase(), RemoteData(config))
     assert plans(run) == []
 
 
@@ -200,18 +222,18 @@ def test_every_rank_has_the_plan_of_rank_0(sources: Path, run: Path) -> None:
     flags = [f"--data=a={sources}/a", f"--data=b={sources}/b"]
     config = parse_config(["--run", str(run), *SHAPE, *flags])
     decided = opened(run, f"a={sources}/a", f"b={sources}/b")
-    value = {"plan": decided.plan.to_json(), "urls": {"a": f"{sources}/a", "b": f"{sources}/b"}}
-    batches = open_batches(config, Other(iter([{"value": value}])), None, Phase())
+    told = iter([{"value": decided.plan.to_json()}])
+    batches = open_batches(config, Other(told), None, Phase(), RemoteData(config))
     assert batches.cursor(5) == decided.cursor(5)
 
 
 def test_an_error_of_rank_0_is_raised_on_every_rank(sources: Path, run: Path) -> None:
     config = parse_config(["--run", str(run), *SHAPE, f"--data=a={sources}/nowhere"])
     with pytest.raises(DataError, match="there is no data here"):
-        open_batches(config, ALONE, incarnation_of(run), Phase())
+        open_batches(config, ALONE, incarnation_of(run), Phase(), RemoteData(config))
     told = {"error": "DataError", "message": "source 'a' at nowhere: there is no data here"}
     with pytest.raises(DataError, match=r"^source 'a' at nowhere: there is no data here$"):
-        open_batches(config, Other(iter([told])), None, Phase())
+        open_batches(config, Other(iter([told])), None, Phase(), RemoteData(config))
 
 
 class Broken(World):
@@ -239,9 +261,9 @@ def test_an_error_of_rank_0_is_the_same_on_every_rank(
     else:
         (sources / "a/index.json").unlink()
     with pytest.raises(kind) as here:
-        open_batches(config, first, incarnation, Phase())
+        open_batches(config, first, incarnation, Phase(), RemoteData(config))
     with pytest.raises(kind) as there:
-        open_batches(config, Other(iter([first.told])), None, Phase())
+        open_batches(config, Other(iter([first.told])), None, Phase(), RemoteData(config))
     assert type(there.value) is type(here.value) is kind
     assert str(there.value) == str(here.value) != ""
 

@@ -15,10 +15,12 @@ import pytest
 import torch
 
 from checkpointing import beats, write
+from checkpointing.asks import ask
 from checkpointing.history import history
 from checkpointing.incarnation import Incarnation, claim_run
 from checkpointing.save import TrainingState
 from data_service.batches import Batches
+from data_service.edits import KIND as EDIT
 from launch.build import build_training
 from launch.config import parse_config
 from launch.phase import Phase
@@ -27,6 +29,7 @@ from launch.world import World
 from storage.canonical import sha256_hex
 from storage.errors import FencedError, StoreUnavailableError
 from storage.log import Log
+from storage.requests import put_request
 from storage.store import FsspecStore, LocalStore
 from tests.made_sources import made_source, plan_of
 from tests.programs import checkpoints, curve, final_digest, train_here
@@ -285,6 +288,23 @@ def test_what_cannot_be_retired_is_a_warning(
     assert final_digest(run) == final_digest(unbroken)
 
 
+def test_edits_that_are_asked_for_are_told_and_taken_once(
+    store: LocalStore, trainable: Callable[..., Keeper]
+) -> None:
+    with trainable(store, claimed(store)) as kept:
+        assert not kept.flags().edit
+        key = put_request(store, EDIT, {})
+        ask(store, "save")
+        kept.beat()
+        assert kept.flags() == Flags(edit=True, save_due=True)
+        assert kept.save(1, validation_loss=None, healthy=True, wait=True)
+        assert store.list("requests/") == [key], "an edit is not answered by a save"
+        assert [request.key for request in kept.take_edits()] == [key]
+        kept.beat()
+        assert kept.flags() == Flags(), "it is answered, whatever is still there"
+        assert kept.take_edits() == []
+
+
 def test_a_save_is_told_with_its_step_and_digest(
     tmp_path: Path, data: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,7 +324,8 @@ def test_a_notice_or_a_fence_asks_the_loop_to_stop(
 ) -> None:
     notice: Any = SimpleNamespace(requested=lambda: noticed)
     beating: Any = None if fenced is None else SimpleNamespace(fenced=fenced)
-    around = surroundings(ALONE, keeper(store, ALONE, None, None), notice, Phase(), beating)
+    kept, data = keeper(store, ALONE, None, None), SimpleNamespace()
+    around = surroundings(ALONE, kept, data, notice, Phase(), beating)  # type: ignore[arg-type]
     assert around.flags() == Flags(stop=stops)
 
 
@@ -313,7 +334,11 @@ def test_the_loop_sees_this_place_in_the_world(store: LocalStore) -> None:
     kept = keeper(store, world, None, None)
     world.size = 3
     notice: Any = SimpleNamespace(requested=lambda: False)
-    around = surroundings(world, kept, notice, phase, None)
+    asked: list[Any] = []
+    data: Any = SimpleNamespace(answer=lambda edits, step: asked.append((edits, step)))
+    around = surroundings(world, kept, data, notice, phase, None)
+    around.edited(7)
+    assert asked == [([], 7)]
     assert (around.rank, around.world_size, around.device) == (2, 3, CPU)
     assert around.announce is phase
 
