@@ -5,8 +5,11 @@ import datetime
 import json
 import os
 import platform
+import shutil
 import statistics
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +29,8 @@ class Row:
     unit: str
     against: str = ""
     """Contestant that `ratio` divides by; "" for no ratio."""
+    note: str = ""
+    """What a reader must know of these values, such as that they were cut at a limit."""
 
     @property
     def median(self) -> float:
@@ -49,6 +54,11 @@ def at_most(name: str, value: float, limit: float, unit: str = "ratio") -> Claim
     return Claim(name=name, value=value, unit=unit, target=f"<= {limit:.4g}", holds=value <= limit)
 
 
+def at_least(name: str, value: float, limit: float, unit: str = "ratio") -> Claim:
+    """The claim that a value is at least a limit."""
+    return Claim(name=name, value=value, unit=unit, target=f">= {limit:.4g}", holds=value >= limit)
+
+
 def arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add the flags that every benchmark has."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -60,6 +70,16 @@ def rotated(names: Sequence[str], by: int) -> list[str]:
     """The names in an order that begins elsewhere in every repeat."""
     first = by % len(names)
     return [*names[first:], *names[:first]]
+
+
+@contextmanager
+def scratch_folder(given: Path | None) -> Iterator[Path]:
+    """A new folder to write in, gone at the end."""
+    folder = Path(tempfile.mkdtemp(prefix="benchmark-", dir=given or Path.cwd()))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def machine() -> dict[str, Any]:
@@ -116,7 +136,7 @@ def _print(
         table.add_row(
             entry["figure"],
             entry["contestant"],
-            f"{entry['median']:.3f} {entry['unit']}",
+            f"{entry['median']:.3f} {entry['unit']} {entry['note']}".rstrip(),
             f"{entry['lowest']:.3f}..{entry['highest']:.3f}",
             ratio,
         )

@@ -5,6 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from benchmarks.data_contestants import installed
+from benchmarks.data_parts import drift, equal_share, wrong_samples
+from benchmarks.data_registry import MAKERS
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -15,6 +21,7 @@ def test_the_checkpoint_benchmark_writes_its_figures_and_leaves_no_files(tmp_pat
         [
             *(sys.executable, ROOT / "benchmarks/checkpoint.py", "--size=small", "--repeats=1"),
             *("--parts", "saving", "loading", "--contestants", "torch.save", "rangeflow"),
+            "rangeflow, process prototype",
             *("--folder", folder, "--json", answer),
         ],
         check=True,
@@ -28,8 +35,67 @@ def test_the_checkpoint_benchmark_writes_its_figures_and_leaves_no_files(tmp_pat
     assert {row["figure"] for row in found["table"]} == {
         *("quiet step", "blocked", "effective stall", "time to durable", "blocked, first save"),
         *("load, warm", "load, cold"),
+        *("load and put in place, warm", "load and put in place, cold"),
     }
     for row in found["table"]:
         assert row["lowest"] <= row["median"] <= row["highest"]
         assert len(row["values"]) == 1
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.soak
+def test_the_data_benchmark_writes_its_figures_and_names_what_it_left_out(tmp_path: Path) -> None:
+    answer, folder = tmp_path / "figures.json", tmp_path / "disk"
+    folder.mkdir()
+    absent = [name for name in MAKERS if not installed(MAKERS[name]())][:1]
+    subprocess.run(
+        [
+            *(sys.executable, ROOT / "benchmarks/data.py", "--repeats=1", "--seconds=0.05"),
+            *("--parts", "throughput", "start", "mixture", "resume"),
+            *("--contestants", "rangeflow", *absent, "--tokens=500000", "--context=16"),
+            *("--batch=8", "--far=100000", "--samples=4000", "--folder", folder, "--json", answer),
+        ],
+        check=True,
+        capture_output=True,
+        cwd=tmp_path,
+    )
+    found = json.loads(answer.read_text())
+    assert found["machine"]["not measured"] == [f"{name}: not installed" for name in absent]
+    rows = {row["figure"]: row["median"] for row in found["table"]}
+    assert rows.pop("throughput, T=16") > 0
+    assert rows.pop("drift of the mixture") <= 0.75
+    assert rows.pop("equal batches after a resume") == 1
+    assert rows.pop("samples skipped or repeated by a resume") == 0
+    assert all(figure.startswith("first batch at") for figure in rows)
+    assert len(rows) == 6
+    assert list(folder.iterdir()) == []
+
+
+def test_a_resume_that_starts_anew_is_not_told_as_equal() -> None:
+    """The negative control of the benchmark's measure: it can tell a difference."""
+    expected, again = [["a", "b"], ["c", "d"]], [["a", "b"], ["a", "b"]]
+    assert equal_share(expected, expected) == 1
+    assert equal_share(expected, again) == 0.5
+    assert wrong_samples(expected, again) == 2
+
+
+def test_drift_is_told_in_samples_at_the_worst_prefix() -> None:
+    assert drift([[0, 0], [1, 2, 0, 1, 0, 1, 2, 0]]) == 1
+
+
+def test_the_scale_benchmark_writes_its_figures(tmp_path: Path) -> None:
+    answer = tmp_path / "figures.json"
+    subprocess.run(
+        [
+            *(sys.executable, ROOT / "benchmarks/data_scale.py", "--sizes", "100", "30000"),
+            *("--shard_tokens", "20000", "--repeats=1", "--json", answer),
+        ],
+        check=True,
+        capture_output=True,
+        cwd=tmp_path,
+    )
+    found = json.loads(answer.read_text())
+    assert set(found) == {"machine", "claims", "table"}
+    assert len(found["claims"]) == 3
+    assert {row["contestant"] for row in found["table"]} == {"100 shards", "30,000 shards"}
+    assert {row["figure"] for row in found["table"]} >= {"open", "resume", "peak memory"}
