@@ -13,6 +13,17 @@ from data_service.preparation import prepare
 from data_service.tokenizer import make_tokenizer
 from storage.store import open_store
 
+LONGEST = (
+    *("test_editing", "test_corpus", "test_crash_points", "test_preparation", "test_protocol"),
+    *("test_kill", "test_worlds", "test_corruption", "test_store_conformance", "test_bad_input"),
+)
+"""Files that take long: begun first, so that the processes that share the tests end together."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first; the others as they are."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:

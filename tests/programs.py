@@ -163,4 +163,7 @@ def rows(run: Path) -> list[dict[str, object]]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for row in found:
         del row["time"], row["tokens_per_second"]
-    return found
+    return [
+        {name: value for name, value in row.items() if not name.startswith("data_")}
+        for row in found
+    ]

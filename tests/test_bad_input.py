@@ -19,7 +19,7 @@ from storage.canonical import sha256_hex
 from storage.log import Log
 from storage.store import LocalStore, open_store
 from tests.conftest import Interrupted
-from tests.made_sources import write_source
+from tests.made_sources import change_first_shard, write_source
 from tests.programs import checkpoints, curve, final_digest, train_here
 
 SHAPE = (
@@ -72,9 +72,7 @@ def with_shard(source: Path, tokens: Any, *, in_index: bool) -> None:
     data = npy_bytes(tokens)
     (source / "train-00000.npy").write_bytes(data)
     if in_index:
-        index = json.loads((source / "index.json").read_text())
-        index["splits"]["train"][0] |= {"bytes": len(data), "sha256": sha256_hex(data)}
-        (source / "index.json").write_text(json.dumps(index))
+        change_first_shard(str(source), bytes=len(data), sha256=sha256_hex(data))
 
 
 def test_the_good_source_trains(source: Path, refused: Refused) -> None:

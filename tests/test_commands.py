@@ -153,7 +153,8 @@ def test_what_the_command_says_on_stderr_is_not_swallowed(capsys: Capture) -> No
 
 
 @pytest.mark.parametrize(
-    "module", ["data_service.prepare", "checkpointing.runs", "checkpointing.export"]
+    "module",
+    ["data_service.prepare", "data_service.verify", "checkpointing.runs", "checkpointing.export"],
 )
 def test_without_argv_each_command_reads_the_arguments_of_its_process(module: str) -> None:
     """In a terminal of colours and boxes, too, a mistake is one plain line."""

@@ -22,7 +22,14 @@ SHAPE = (
 )
 
 
-@pytest.mark.parametrize("notice", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "notice",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.soak),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.soak),
+    ],
+)
 def test_a_notice_saves_the_step_and_exits_75(
     notice: signal.Signals, tmp_path: Path, data: tuple[str, ...]
 ) -> None:
