@@ -123,7 +123,7 @@ def preview(run: str, store: Store, log: RunLog, edit: Edit) -> dict[str, Any]:
     """
     history = plans_of(log)
     recorded = history[-1]
-    (reached, training), committed = _reached(store, log), _committed(log)
+    (reached, training), committed = _reached(store, log), log.committed_step
     # A step between the two may be possible, if the process that reached it has died: ask.
     asks = edit.at_step is not None and edit.at_step >= committed
     earliest = committed if asks else reached
@@ -139,7 +139,7 @@ def preview(run: str, store: Store, log: RunLog, edit: Edit) -> dict[str, Any]:
 
     plan, step = edited([one.plan for one in history], edit, earliest, fingerprint_of)
     segment = next(s for s in reversed(plan.segments) if s.from_step <= step)
-    max_steps = _max_steps(log)
+    max_steps = log.max_steps
     shown = {
         "run": run,
         "edit": str(edit),
@@ -170,37 +170,16 @@ def _absolute(url: str) -> str:
     return str(Path(url).absolute())
 
 
-def _committed(log: RunLog) -> int:
-    """The step of the newest COMMIT; no edit can begin before it."""
-    for record in reversed(log.records):
-        if record.kind == "COMMIT":
-            return int(record.body["step"])
-        if record.kind == "BASE" and record.body["history"]["checkpoints"]:
-            return int(record.body["history"]["checkpoints"][-1]["step"])
-    return 0
-
-
 def _reached(store: Store, log: RunLog) -> tuple[int, bool]:
     """The first step that none has begun, as far as is known, and whether somebody trains."""
     beats = store.list("beats/")
     try:
         beat = json.loads(store.get(beats[-1])) if beats else {"left": True}
         if not beat["left"]:
-            return max(_committed(log), int(beat["step"]) + 1), True
+            return max(log.committed_step, int(beat["step"]) + 1), True
     except (FileNotFoundError, ValueError, TypeError, KeyError):
         pass
-    return _committed(log), False
-
-
-def _max_steps(log: RunLog) -> int:
-    """The length of the run as its newest start was configured; 0 when it is not known."""
-    for record in reversed(log.records):
-        past = record.body["history"]["claim"] if record.kind == "BASE" else None
-        body = record.body if record.kind == "CLAIM" else (past or {}).get("body", {})
-        steps = body.get("schedule", {}).get("schedule.max_steps")
-        if isinstance(steps, int):
-            return steps
-    return 0
+    return log.committed_step, False
 
 
 def _steps_shown(segment: Segment, step: int) -> list[int]:

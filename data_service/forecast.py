@@ -104,7 +104,7 @@ def forecast(arguments: PlanArguments) -> dict[str, Any]:
     else:
         recorded, sources = _of_flags(arguments)
     max_steps = arguments.max_steps or _max_steps(log)
-    done = _steps_done(log)
+    done = log.committed_step
     batches = batches_of(recorded, sources)
     batches.batch(done)
     first_batch_seconds = time.monotonic() - begun
@@ -190,24 +190,9 @@ def _of_flags(arguments: PlanArguments) -> tuple[RecordedPlan, dict[str, Source]
 
 
 def _max_steps(log: RunLog) -> int:
-    """As the newest start was configured; its CLAIM says so."""
-    for record in reversed(log.records):
-        past = record.body["history"]["claim"] if record.kind == "BASE" else None
-        body = record.body if record.kind == "CLAIM" else (past or {}).get("body", {})
-        steps = body.get("schedule", {}).get("schedule.max_steps")
-        if isinstance(steps, int) and steps > 0:
-            return steps
+    if log.max_steps > 0:
+        return log.max_steps
     raise ConfigurationError(f"the log of {log.url} does not say how long it trains: --max_steps N")
-
-
-def _steps_done(log: RunLog) -> int:
-    """The step of the newest COMMIT; 0 when there is none."""
-    for record in reversed(log.records):
-        if record.kind == "COMMIT":
-            return int(record.body["step"])
-        if record.kind == "BASE" and record.body["history"]["checkpoints"]:
-            return int(record.body["history"]["checkpoints"][-1]["step"])
-    return 0
 
 
 def _parameters(log: RunLog, run: str, vocab_size: int) -> float | None:

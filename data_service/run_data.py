@@ -27,6 +27,27 @@ class RunLog:
     records: Sequence[Record]
     damaged: Sequence[int]
 
+    @property
+    def committed_step(self) -> int:
+        """The step of the newest COMMIT; 0 when there is none."""
+        for record in reversed(self.records):
+            if record.kind == "COMMIT":
+                return int(record.body["step"])
+            if record.kind == "BASE" and record.body["history"]["checkpoints"]:
+                return int(record.body["history"]["checkpoints"][-1]["step"])
+        return 0
+
+    @property
+    def max_steps(self) -> int:
+        """The length of the run as its newest start was configured; 0 when it is not known."""
+        for record in reversed(self.records):
+            past = record.body["history"]["claim"] if record.kind == "BASE" else None
+            body = record.body if record.kind == "CLAIM" else (past or {}).get("body", {})
+            steps = body.get("schedule", {}).get("schedule.max_steps")
+            if isinstance(steps, int):
+                return steps
+        return 0
+
 
 def read_log(run: str, *, whole: bool = False) -> RunLog:
     """The log of the run at a path or URL; without `whole`, from its newest BASE on.
