@@ -16,7 +16,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -150,8 +149,10 @@ class _Handler(BaseHTTPRequestHandler):
                 condition = self.query.get("ifGenerationMatch")
                 if self.query.get("uploadType") == "resumable":
                     return "begin", lambda: self._begin(bucket, condition)
+                if self.query.get("uploadType") != "media":
+                    return "unknown", lambda: self._error(400, "no such type of upload")
                 name = "write" if condition is None else "create"
-                return name, lambda: self._multipart(bucket, condition)
+                return name, lambda: self._media(bucket, condition)
             case ["POST" | "PUT", "session", identity]:
                 return "part", lambda: self._part(identity)
             case ["DELETE", "session", identity]:
@@ -168,20 +169,12 @@ class _Handler(BaseHTTPRequestHandler):
                 return "delete", lambda: self._delete(bucket, name)
         return "unknown", lambda: self._error(404, "no such method")
 
-    def _multipart(self, bucket: str, condition: str | None) -> None:
-        """Metadata and data in one request.
+    def _media(self, bucket: str, condition: str | None) -> None:
+        """The data are the body, the name is in the query.
 
-        https://cloud.google.com/storage/docs/uploading-objects#uploading-an-object (multipart)
+        https://cloud.google.com/storage/docs/uploading-objects#uploading-an-object (media)
         """
-        message = Message()
-        message["Content-Type"] = self.headers["Content-Type"]
-        boundary = f"--{message.get_param('boundary')}".encode()
-        _, first, rest = self.body.split(boundary, 2)
-        name = json.loads(first.replace(b"\r\n", b"\n").partition(b"\n\n")[2])["name"]
-        head, _, data = rest.partition(b"\n\n")
-        if b"\r\n\r\n" in rest and len(rest.partition(b"\r\n\r\n")[0]) < len(head):
-            data = rest.partition(b"\r\n\r\n")[2]
-        self._finish(bucket, name, re.sub(rb"\r?\n$", b"", data.rpartition(boundary)[0]), condition)
+        self._finish(bucket, self.query["name"], self.body, condition)
 
     def _begin(self, bucket: str, condition: str | None) -> None:
         """The address of a session, in `Location`.

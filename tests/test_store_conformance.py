@@ -127,6 +127,15 @@ def test_any_size_comes_back_and_its_checksum_matches(kind: str, size: int, stor
         assert info.checksum == ""
 
 
+@pytest.mark.parametrize(
+    "data", [b"\r", b"\n", b"a\r\n", b"a\n\n", b"\r\n\r\na", b"a\n--==0==\nb", b"a\r\n--==0==--"]
+)
+def test_line_ends_and_boundaries_are_bytes_as_any(data: bytes, store: Store) -> None:
+    store.put("put", data)
+    assert store.put_if_absent("created", data)
+    assert store.get("put") == store.get("created") == data
+
+
 def test_ranges_are_half_open_and_may_reach_past_the_end(store: Store) -> None:
     store.put("a", b"0123456789")
     assert store.get("a", 2, 5) == b"234"
