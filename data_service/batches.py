@@ -31,6 +31,8 @@ LEAST_VALIDATION_WINDOWS = 10
 
 _SAMPLES_AT_ONCE = 4096  # places are found for so many together: few array operations a sample
 _KEPT_BLOCKS = 4
+_BYTES_AT_ONCE = 2 * 2**20
+_ROW_BYTES = np.dtype(np.int64).itemsize
 _OPENED_AT_ONCE = 8
 
 Rows = npt.NDArray[np.int64]
@@ -115,26 +117,44 @@ class Batches:
 
     def rows(self, step: int, lo: int, hi: int) -> Rows:
         """(hi - lo, T+1) int64: sequences [lo, hi) of the step's global batch."""
-        samples, opened = self._samples(step, lo, hi)
-        rows = np.empty((hi - lo, self.context + 1), dtype=np.int64)
-        if self._has_cached:
-            self._read_in_turn(samples, rows)
-            return rows
-        read = zip(*(column.tolist() for column in samples), strict=True)
-        for number, (source, _, shard, window) in enumerate(read):
-            if (source, shard) not in opened:
-                self._open(samples, opened)
-            rows[number] = opened[source, shard][window]
+        rows: Rows = self.rows_of_steps(step, step + 1, lo, hi)[0]
         return rows
+
+    def rows_of_steps(self, first: int, end: int, lo: int, hi: int) -> Rows:
+        """(end - first, hi - lo, T+1) int64: the same of steps [first, end), read together.
+
+        They must lie in one `steps_together`.
+        """
+        samples, opened = self._samples(first, end, lo, hi)
+        rows = np.empty((len(samples.sources), self.context + 1), dtype=np.int64)
+        if not self._has_cached:
+            self._open(samples, opened)
+        for source, shard, which in _by_shard(samples):
+            windows = opened.get((source, shard))
+            if windows is None:  # one that is kept open would take room from the cache
+                windows = self._windows_of(source, shard)
+            rows[which] = windows[samples.windows[which]]
+            del windows
+        return rows.reshape(end - first, hi - lo, self.context + 1)
+
+    def steps_together(self, step: int, sequences: int) -> int:
+        """The end of the steps from `step` on that are best read at once: `sequences` of each.
+
+        One step at a time where shards come through a cache.
+        """
+        if self._has_cached:
+            return step + 1
+        fitting = _BYTES_AT_ONCE // max(1, sequences * (self.context + 1) * _ROW_BYTES)
+        return min(step + max(1, fitting), self._block_of(step)[1])
 
     def learn(self, step: int, lo: int, hi: int) -> Learn | None:
         """(hi - lo, T) bool: whether the model is trained to predict each target of `rows`.
 
         None when no source of the plan has loss masks: all are.
         """
-        samples, _ = self._samples(step, lo, hi)
         if not self._has_masks:
             return None
+        samples, _ = self._samples(step, step + 1, lo, hi)
         learn = np.ones((hi - lo, self.context), dtype=np.bool_)
         bits: npt.NDArray[np.uint8] | None = None
         read = zip(*(column.tolist() for column in samples), strict=True)
@@ -148,12 +168,12 @@ class Batches:
 
     def sources_of(self, step: int) -> list[str]:
         """The source's name of each sequence of the global batch."""
-        samples, _ = self._samples(step, 0, self.global_batch_size)
+        samples, _ = self._samples(step, step + 1, 0, self.global_batch_size)
         return [self._names[number] for number in samples.sources.tolist()]
 
     def sample_ids(self, step: int) -> list[SampleId]:
         """What a step consumes, in the order of its sequences."""
-        samples, _ = self._samples(step, 0, self.global_batch_size)
+        samples, _ = self._samples(step, step + 1, 0, self.global_batch_size)
         found: list[SampleId] = []
         for source, epoch, shard, window in zip(*(c.tolist() for c in samples), strict=True):
             name = self._names[source]
@@ -282,48 +302,46 @@ class Batches:
         """The training windows of one epoch of each source."""
         return {name: order.windows for name, order in self._orders.items()}
 
-    def _read_in_turn(self, samples: _Samples, rows: Rows) -> None:
-        """Fill in rows shard after shard: one that is kept open takes room from the cache."""
-        at, windows = (-1, -1), None
-        for number in np.lexsort((samples.shards, samples.sources)).tolist():
-            pair = int(samples.sources[number]), int(samples.shards[number])
-            if pair != at:
-                windows = None
-                at, windows = pair, self._windows_of(*pair)
-            assert windows is not None
-            rows[number] = windows[samples.windows[number]]
-
     def _windows_of(self, source: int, shard: int) -> Windows:
         """(windows, T+1), a view into the shard."""
         tokens = self._sources[self._names[source]].shard_tokens(shard)
         return sliding_window_view(tokens, self.context + 1)[:: self.context]
 
-    def _samples(self, step: int, lo: int, hi: int) -> _Block:
-        """Sequences [lo, hi) of a step. Found for a block of steps at once."""
+    def _samples(self, first: int, end: int, lo: int, hi: int) -> _Block:
+        """Sequences [lo, hi) of each of the steps [first, end), which lie in one block."""
         if not 0 <= lo <= hi <= self.global_batch_size:
             raise IndexError(
-                f"step {step} has no sequences [{lo}, {hi}): a batch has {self.global_batch_size}"
+                f"step {first} has no sequences [{lo}, {hi}): a batch has {self.global_batch_size}"
             )
-        at_once = -(-_SAMPLES_AT_ONCE // self.global_batch_size)
-        begin, end = self._timeline.steps_together(step, at_once)
+        begin, stop = self._block_of(first)
+        if end > stop:
+            raise IndexError(f"steps [{first}, {end}) are not read together: ask up to {stop}")
         with self._lock:
             found = self._blocks.get(begin)
             if found is None:
-                found = self._blocks[begin] = self._block(begin, end)
+                found = self._blocks[begin] = self._block(begin, stop)
                 while len(self._blocks) > _KEPT_BLOCKS:
                     self._blocks.popitem(last=False)
-        first = (step - begin) * self.global_batch_size
-        columns = (column[first + lo : first + hi] for column in found.samples)
+        columns = (
+            column.reshape(-1, self.global_batch_size)[first - begin : end - begin, lo:hi].ravel()
+            for column in found.samples
+        )
         return _Block(_Samples(*columns), found.opened)
+
+    def _block_of(self, step: int) -> tuple[int, int]:
+        """The steps whose places are found together with those of `step`."""
+        return self._timeline.steps_together(step, -(-_SAMPLES_AT_ONCE // self.global_batch_size))
 
     def _open(self, samples: _Samples, opened: dict[tuple[int, int], Windows]) -> None:
         """Open the shards of all samples: those of blocks before at once, the others in threads.
 
         A start opens a shard a lane; to read and verify one takes long enough to do several.
         """
+        wanted = set(zip(samples.sources.tolist(), samples.shards.tolist(), strict=True))
+        if wanted <= opened.keys():
+            return
         with self._lock:
             others = [block.opened for block in self._blocks.values()]
-        wanted = set(zip(samples.sources.tolist(), samples.shards.tolist(), strict=True))
         for pair in wanted - opened.keys():
             for other in others:
                 if pair in other:
@@ -425,6 +443,16 @@ class Batches:
             "window": place.window,
             "token": place.window * self.context,
         }
+
+
+def _by_shard(samples: _Samples) -> Iterator[tuple[int, int, Integers]]:
+    """(source, shard, which samples): each shard once."""
+    order = np.lexsort((samples.shards, samples.sources))
+    sources, shards = samples.sources[order], samples.shards[order]
+    changes = np.flatnonzero((np.diff(sources) != 0) | (np.diff(shards) != 0)) + 1
+    for which in np.split(order, changes):
+        if which.size:
+            yield int(samples.sources[which[0]]), int(samples.shards[which[0]]), which
 
 
 def _bits(mask: npt.NDArray[np.uint8], lo: int, hi: int) -> Learn:

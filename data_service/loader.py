@@ -8,17 +8,15 @@ Does not cover: a plan edited for a step that is already fetched. Close the load
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from data_service.batches import Batches, Learn, Rows
 from storage.errors import StoreUnavailableError
-
-Kind = TypeVar("Kind", bound=np.generic)
 
 TIMEOUT_SECONDS = 600.0
 _CLOSE_SECONDS = 5.0  # a hung read must not keep a preempted process
@@ -50,7 +48,8 @@ class Loader:
     ) -> None:
         """`ranges` are the [lo, hi) of the global batch that this rank needs, in its own order.
 
-        At most `depth` steps are ready at a time. `while_waiting` is called five times a second
+        Steps are read several at once where they are small; at most `depth` such reads are ready at
+        a time. `while_waiting` is called five times a second
         during a wait; what it raises ends the wait. `before_step` is told each step before it is
         read, in the loader's thread.
         """
@@ -63,7 +62,8 @@ class Loader:
         """How long `next` has waited for data, all calls together."""
         self._step = start_step
         self._error: BaseException | None = None
-        self._ready: queue.Queue[StepRows | BaseException] = queue.Queue(max(1, depth))
+        self._ready: queue.Queue[list[StepRows] | BaseException] = queue.Queue(max(1, depth))
+        self._taken: deque[StepRows] = deque()
         self._stop = threading.Event()
         self._thread = threading.Thread(
             target=self._fetch, args=(start_step,), name="data loader", daemon=True
@@ -91,12 +91,14 @@ class Loader:
             raise ValueError(f"the loader is at step {self._step}, not {step}: steps come in order")
         if self._error is not None:
             raise self._error
-        found = self._wait()
-        if isinstance(found, BaseException):
-            self._error = found
-            raise found
+        if not self._taken:
+            found = self._wait()
+            if isinstance(found, BaseException):
+                self._error = found
+                raise found
+            self._taken.extend(found)
         self._step += 1
-        return found
+        return self._taken.popleft()
 
     def close(self) -> None:
         """Stop the thread, waiting up to 5 s for the read it is in; closing twice is fine."""
@@ -104,14 +106,14 @@ class Loader:
         self._thread.join(min(self._timeout_seconds, _CLOSE_SECONDS))
         self._error = self._error or ValueError("the loader is closed")
 
-    def _wait(self) -> StepRows | BaseException:
+    def _wait(self) -> list[StepRows] | BaseException:
         begun = time.monotonic()
         try:
-            return self._taken(begun + self._timeout_seconds)
+            return self._ready_by(begun + self._timeout_seconds)
         finally:
             self.waited_seconds += time.monotonic() - begun
 
-    def _taken(self, deadline: float) -> StepRows | BaseException:
+    def _ready_by(self, deadline: float) -> list[StepRows] | BaseException:
         while True:
             try:
                 return self._ready.get(timeout=min(_LOOK_SECONDS, self._timeout_seconds))
@@ -125,32 +127,37 @@ class Loader:
                 )
 
     def _fetch(self, step: int) -> None:
+        sequences = sum(hi - lo for lo, hi in self._ranges)
+        alone = False
         while not self._stop.is_set():
-            item: StepRows | BaseException
             try:
-                item = self._rows(step)
-            except BaseException as error:  # raised again in the caller's thread
-                item = error
-            self._hand_over(item)
-            if isinstance(item, BaseException):
-                return
-            step += 1
+                end = step + 1 if alone else self._batches.steps_together(step, sequences)
+                found = self._read(step, end)
+            except BaseException as error:
+                if alone or end == step + 1:
+                    self._hand_over(error)  # raised again in the caller's thread
+                    return
+                alone = True  # so that what fails is told at its own step
+                continue
+            self._hand_over(found)
+            step = end
 
-    def _rows(self, step: int) -> StepRows:
-        self._before_step(step)
-        tokens = [self._batches.rows(step, lo, hi) for lo, hi in self._ranges]
+    def _read(self, first: int, end: int) -> list[StepRows]:
+        for step in range(first, end):
+            self._before_step(step)
+        parts = [self._batches.rows_of_steps(first, end, lo, hi) for lo, hi in self._ranges]
+        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+        return [StepRows(tokens[step - first], self._learn(step)) for step in range(first, end)]
+
+    def _learn(self, step: int) -> Learn | None:
         learn = [self._batches.learn(step, lo, hi) for lo, hi in self._ranges]
         masks = [mask for mask in learn if mask is not None]  # of all ranges, or of none
-        return StepRows(_joined(tokens), _joined(masks) if masks else None)
+        return np.concatenate(masks) if masks else None
 
-    def _hand_over(self, item: StepRows | BaseException) -> None:
+    def _hand_over(self, item: list[StepRows] | BaseException) -> None:
         while not self._stop.is_set():
             try:
                 self._ready.put(item, timeout=_LOOK_SECONDS)
                 return
             except queue.Full:
                 continue
-
-
-def _joined(parts: Sequence[npt.NDArray[Kind]]) -> npt.NDArray[Kind]:
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -74,6 +74,27 @@ def test_any_division_in_rows_gives_the_same_batch(
     assert np.array_equal(np.concatenate(parts), batches.batch(step))
 
 
+@settings(max_examples=40, deadline=None)
+@given(step=st.integers(0, 3000), few=st.integers(1, 40), cut=st.integers(0, 5))
+def test_steps_read_together_are_those_read_alone(
+    sources: dict[str, Source], step: int, few: int, cut: int
+) -> None:
+    batches = made(sources)
+    end = min(step + few, batches.steps_together(step, 6 - cut))
+    together = batches.rows_of_steps(step, end, cut, 6)
+    alone = [made(sources).batch(number)[cut:] for number in range(step, end)]
+    assert np.array_equal(together, alone)
+
+
+def test_steps_read_together_end_where_an_edit_begins(sources: dict[str, Source]) -> None:
+    both = [sources["code"], sources["web"]]
+    plan = plan_of(both, RAMP).appended(segment_of(both, from_step=13))
+    batches = made(sources, plan)
+    assert batches.steps_together(11, 6) == 13
+    with pytest.raises(IndexError, match=r"steps \[11, 14\) are not read together: ask up to 13"):
+        batches.rows_of_steps(11, 14, 0, 6)
+
+
 def test_steps_asked_in_any_order_by_fresh_objects_are_the_same(
     sources: dict[str, Source],
 ) -> None:

@@ -23,8 +23,9 @@ def batches(tmp_path: Path) -> Batches:
 class Slow:
     """Batches that wait for a gate before each read, and can fail at a step."""
 
-    def __init__(self, batches: Batches, *, fail_at: int = -1) -> None:
+    def __init__(self, batches: Batches, *, fail_at: int = -1, together: int = 1) -> None:
         self._batches = batches
+        self._together = together
         self.plan = batches.plan
         self.gate = threading.Event()
         self.fail_at = fail_at
@@ -33,12 +34,15 @@ class Slow:
     def learn(self, step: int, lo: int, hi: int) -> None:
         return None
 
-    def rows(self, step: int, lo: int, hi: int) -> Rows:
+    def steps_together(self, step: int, sequences: int) -> int:
+        return step + self._together
+
+    def rows_of_steps(self, first: int, end: int, lo: int, hi: int) -> Rows:
         self.gate.wait(30)
-        if step == self.fail_at:
-            raise DataError(f"step {step} is broken")
-        self.read.append(step)
-        return self._batches.rows(step, lo, hi)
+        if first <= self.fail_at < end:
+            raise DataError(f"step {self.fail_at} is broken")
+        self.read += range(first, end)
+        return self._batches.rows_of_steps(first, end, lo, hi)
 
 
 @pytest.mark.parametrize("depth", [1, 4])
@@ -79,8 +83,11 @@ def test_a_step_out_of_order_is_refused(batches: Batches) -> None:
         loader.next(4)
 
 
-def test_an_error_of_the_thread_is_raised_at_its_step_and_again(batches: Batches) -> None:
-    slow = Slow(batches, fail_at=2)
+@pytest.mark.parametrize("together", [1, 4])
+def test_an_error_of_the_thread_is_raised_at_its_step_and_again(
+    together: int, batches: Batches
+) -> None:
+    slow = Slow(batches, fail_at=2, together=together)
     slow.gate.set()
     with Loader(slow, [(0, 8)], start_step=0) as loader:  # type: ignore[arg-type]
         loader.next(0)
