@@ -19,7 +19,7 @@ from data_service.plan import Plan, PlanSource, Segment
 from data_service.shares import PPM, shares_of_steps
 from data_service.source import Source
 from storage.errors import ConfigurationError
-from tests.made_sources import made_source
+from tests.made_sources import made_source, unwritten_source
 
 B = 4
 
@@ -338,6 +338,20 @@ def test_uses_are_foretold_in_order_and_in_time_also_over_a_skip(
     for use in told:
         soonest.setdefault((use.source, use.shard), use.step)
     assert all(soonest[key] <= step for key, step in first.items())
+
+
+def test_no_shard_is_foretold_of_what_is_skipped() -> None:
+    sources = {name: unwritten_source(name, train=[90] * 200) for name in "ab"}
+    plan = planned(sources, "ab")
+    skipped = edited([plan], parse_edit("skip", ["10", "300"]), 10, fingerprint)[0]
+    whole, after_skip = made(sources, plan), made(sources, skipped)
+    passed = {sample[:3:2] for step in range(20, 290) for sample in whole.sample_ids(step)}
+    assert len(passed) > 90
+    for start in (5, 10):
+        uses = itertools.takewhile(lambda use: use.step <= 10, after_skip.uses(start))
+        assert len(list(uses)) <= 2 * 2 * after_skip.lanes, "before the skip, and after it"
+        soon = [shard for shard in passed if after_skip.next_use(*shard, start) <= 10]
+        assert len(soon) <= 2 * 2 * after_skip.lanes
 
 
 EDITS = st.lists(
