@@ -147,7 +147,10 @@ def preview(run: str, store: Store, log: RunLog, edit: Edit) -> dict[str, Any]:
         "training": training,
         "max_steps": max_steps,
         "before": _shares(recorded.plan, max(0, step - 1)),
-        "after": [{"step": at, "shares": _shares(plan, at)} for at in _steps_shown(segment, step)],
+        "after": [
+            {"step": at, "shares": _shares(plan, at)}
+            for at in _steps_shown(segment, step, edit.ramp_steps)
+        ],
         "skipped_samples": segment.skip_steps * recorded.global_batch_size,
         "tokens": {},
         "epochs": {},
@@ -182,10 +185,11 @@ def _reached(store: Store, log: RunLog) -> tuple[int, bool]:
     return log.committed_step, False
 
 
-def _steps_shown(segment: Segment, step: int) -> list[int]:
-    """The first step, the middle and the end of the ramp."""
-    end = max(s for source in segment.sources for s, _ in source.weights)
-    return [step] if end <= step else [step, (step + end) // 2, end]
+def _steps_shown(segment: Segment, step: int, ramp_steps: int) -> list[int]:
+    """The first step, the middle and the end of the ramp, and where a longer one of others ends."""
+    last = max(step, *(s for source in segment.sources for s, _ in source.weights))
+    end = step + ramp_steps if ramp_steps else last
+    return sorted({step, (step + end) // 2, end, last})
 
 
 def _shares(plan: Plan, step: int) -> dict[str, float]:

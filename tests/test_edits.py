@@ -4,6 +4,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -100,6 +101,24 @@ def test_an_abrupt_edit_leaves_the_ramps_of_other_sources() -> None:
     second = after(base(a=1_000_000), first, edit="add c=/c", at=60)
     assert shares(second, 60) == pytest.approx({"a": 500_000, "b": 166_667, "c": 333_333}, abs=2)
     assert shares(second, 110) == pytest.approx({"a": 333_333, "b": 333_333, "c": 333_334}, abs=1)
+
+
+def test_a_ramp_ends_in_what_is_planned_for_then_and_leaves_the_rest_of_the_plan() -> None:
+    """`--weights` may plan far ahead; the whole plan would be over when the edit's ramp is."""
+    a, b = base(a=PPM, b=PPM).segments[0].sources
+    a = replace(a, weights=((0, PPM), (100, PPM), (200, 0)))
+    b = replace(b, weights=((0, 0), (100, 0), (200, PPM)))
+    plan = Plan(segments=(Segment(from_step=0, sources=(a, b)),))
+    for at in (20, 95, 140, 190):
+        ramped = after(plan, edit="add c=/c", ramp=10, at=at)
+        at_once = after(plan, edit="add c=/c", at=at)
+        assert shares(ramped, at) == pytest.approx(shares(plan, at))
+        for step in (at + 10, at + 11, 130, 170, 200, 300):
+            if step >= at + 10:
+                assert shares(ramped, step) == pytest.approx(shares(at_once, step), abs=2)
+        gone = after(plan, at_once, edit="undo", ramp=10, at=at + 1)
+        for step in (at + 11, 230):
+            assert shares(gone, step) == pytest.approx(shares(plan, step), abs=2)
 
 
 def test_a_source_is_removed_at_once_or_by_a_ramp() -> None:
