@@ -152,6 +152,15 @@ def test_two_edits_of_one_step_that_has_not_begun_are_one() -> None:
     assert shares(second, 10) == {"a": 250_000, "b": 250_000, "c": 500_000}
 
 
+def test_what_one_edit_skips_is_skipped_beside_another_of_its_step() -> None:
+    plan = base(a=1_000_000)
+    first = after(plan, edit="skip 10 15")
+    for edit, steps in (("skip 10 17", 12), ("add b=/b", 5)):
+        second = after(plan, first, edit=edit)
+        assert [s.skip_steps for s in second.segments] == [0, steps]
+        assert after(plan, first, second, edit="undo").hash == first.hash
+
+
 def test_an_edit_waits_for_one_that_is_planned_already() -> None:
     plan = base(a=1_000_000)
     planned = after(plan, edit="add b=/b", at=50)
