@@ -197,9 +197,15 @@ class Batches:
         NEVER (2^60) for one that the plan does not read again.
         """
         row = self._sources[source].shards("train").row(shard)
-        count = self.counts(step)[source]
-        position = None if row is None else self._orders[source].next_read(row, count)
-        return NEVER if position is None else max(step, self._timeline.step_of(source, position))
+        count, timeline = self.counts(step)[source], self._timeline
+        while row is not None:
+            position = self._orders[source].next_read(row, timeline.not_skipped(source, count))
+            if position is None:
+                break
+            count = timeline.not_skipped(source, position)
+            if count == position:
+                return max(step, timeline.step_of(source, position))
+        return NEVER
 
     def counts(self, step: int) -> dict[str, int]:
         """How many samples of each source the steps before `step` consume, sorted by name."""
@@ -380,8 +386,15 @@ class Batches:
         return _Block(found, {})
 
     def _source_uses(self, name: str, count: int, step: int) -> Iterator[ShardUse]:
-        for opening in self._orders[name].openings(count):
-            at = self._timeline.step_of(name, opening.position)
+        order, timeline = self._orders[name], self._timeline
+        openings = order.openings(timeline.not_skipped(name, count))
+        while True:
+            opening = next(openings)
+            taken = timeline.not_skipped(name, opening.position)
+            if taken > opening.position:
+                openings = order.openings(taken)
+                continue
+            at = timeline.step_of(name, opening.position)
             if at == NEVER:
                 return
             step = max(step, at)  # told one too early, it could lie before the last

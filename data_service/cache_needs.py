@@ -34,7 +34,11 @@ class CacheNeeds:
             path = self._folder / uuid.uuid4().hex
             self._registered = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             fcntl.flock(self._registered, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            os.write(self._registered, json.dumps([group, minimum_bytes]).encode())
+            try:
+                os.write(self._registered, json.dumps([group, minimum_bytes]).encode())
+            except OSError:  # a full disk; what it left must not be taken for a need
+                self.unregister()
+                raise
 
     def of_others(self, group: str) -> int:
         """What the registered processes of other groups cannot do without, in bytes."""

@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -27,7 +28,7 @@ from storage.commands import run_command
 from storage.display import print_table
 from storage.errors import ConfigurationError, RangeFlowError, StoreUnavailableError
 from storage.log import Log
-from storage.requests import forget, put_request, refusal
+from storage.requests import Inbox, forget, put_request, refusal
 from storage.store import Store, open_store
 
 _DESCRIPTION = """Changes the mixture of a run that trains, or that is stopped, and shows it first.
@@ -119,25 +120,40 @@ def _edit(
 def preview(run: str, store: Store, log: RunLog, edit: Edit) -> dict[str, Any]:
     """What an edit would change, as JSON; ConfigurationError for one that cannot be.
 
+    Edits that wait for their answer are taken as made, if that makes it possible: the owner comes
+    to them first.
     `tokens` and `epochs` are those from the edit's first step to the run's last, as far as known.
     """
-    history = plans_of(log)
-    recorded = history[-1]
+    recorded = plans_of(log)[-1]
+    history = [one.plan for one in plans_of(log)]
     (reached, training), committed = _reached(store, log), log.committed_step
-    # A step between the two may be possible, if the process that reached it has died: ask.
-    asks = edit.at_step is not None and edit.at_step >= committed
-    earliest = committed if asks else reached
     notes: list[str] = []
+    unknown: set[str] = set()
 
     def fingerprint_of(name: str, url: str) -> str:
         try:
             return open_source(name, located(run, url)).fingerprint
         except RangeFlowError as error:
             notes.append(f"from here, source {name!r} cannot be opened: {error}")
+            unknown.add(name)
             known = recorded.plan.sources.get(name)
             return known.fingerprint if known else "unknown"
 
-    plan, step = edited([one.plan for one in history], edit, earliest, fingerprint_of)
+    def applied(one: Edit) -> tuple[Plan, int]:
+        # A step between the two may be possible, if the process that reached it has died: ask.
+        asks = one.at_step is not None and one.at_step >= committed
+        return edited(history, one, committed if asks else reached, fingerprint_of)
+
+    told = len(history)
+    for waiting in _waiting(store, log):
+        with suppress(ConfigurationError):  # it will be refused
+            history.append(applied(waiting)[0])
+            notes.append(f"asked before, and taken as made: {waiting}")
+    try:
+        plan, step = applied(edit)
+    except ConfigurationError:  # they may be refused, or begin elsewhere
+        del history[told:], notes[:]
+        plan, step = applied(edit)
     segment = next(s for s in reversed(plan.segments) if s.from_step <= step)
     max_steps = log.max_steps
     shown = {
@@ -146,8 +162,11 @@ def preview(run: str, store: Store, log: RunLog, edit: Edit) -> dict[str, Any]:
         "from_step": step,
         "training": training,
         "max_steps": max_steps,
-        "before": _shares(recorded.plan, max(0, step - 1)),
-        "after": [{"step": at, "shares": _shares(plan, at)} for at in _steps_shown(segment, step)],
+        "before": _shares(history[-1], max(0, step - 1)),
+        "after": [
+            {"step": at, "shares": _shares(plan, at)}
+            for at in _steps_shown(segment, step, edit.ramp_steps)
+        ],
         "skipped_samples": segment.skip_steps * recorded.global_batch_size,
         "tokens": {},
         "epochs": {},
@@ -158,9 +177,21 @@ def preview(run: str, store: Store, log: RunLog, edit: Edit) -> dict[str, Any]:
     if max_steps > step:
         after = replace(recorded, plan=plan, edit=None)
         shown["tokens"] = _tokens(after, step, max_steps)
-        if not notes:
+        if not unknown:
             shown["epochs"] = _epochs(run, after, max_steps, notes)
     return shown
+
+
+def _waiting(store: Store, log: RunLog) -> list[Edit]:
+    """The edits that were asked for and have no answer yet, in their order. Changes nothing."""
+    plans = recorded_plans(log.records)
+    answered = {one.edit["request"] for one in plans if one.edit is not None}
+    found: list[Edit] = []
+    for request in Inbox(store, [KIND]).pending():
+        with suppress(ConfigurationError):
+            if request.key not in answered:
+                found.append(Edit.from_body(request.body))
+    return found
 
 
 def _absolute(url: str) -> str:
@@ -182,10 +213,11 @@ def _reached(store: Store, log: RunLog) -> tuple[int, bool]:
     return log.committed_step, False
 
 
-def _steps_shown(segment: Segment, step: int) -> list[int]:
-    """The first step, the middle and the end of the ramp."""
-    end = max(s for source in segment.sources for s, _ in source.weights)
-    return [step] if end <= step else [step, (step + end) // 2, end]
+def _steps_shown(segment: Segment, step: int, ramp_steps: int) -> list[int]:
+    """The first step, the middle and the end of the ramp, and where a longer one of others ends."""
+    last = max(step, *(s for source in segment.sources for s, _ in source.weights))
+    end = step + ramp_steps if ramp_steps else last
+    return sorted({step, (step + end) // 2, end, last})
 
 
 def _shares(plan: Plan, step: int) -> dict[str, float]:

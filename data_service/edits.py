@@ -2,7 +2,7 @@
 
 An edit begins at a step that none has begun, and leaves every step before it as it was. Weights
 are those that people gave; a ramp goes from the present shares to those of the weights at its end,
-and each source's share is linear in between.
+and each source's share is linear in between. From its end on, all is as without a ramp.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +14,7 @@ from data_service.plan import (
     Plan,
     PlanSource,
     Segment,
+    Weights,
     check_source_name,
     parse_data_flag,
     parse_weight,
@@ -238,9 +239,9 @@ def _changed(
         raise ConfigurationError(
             "nothing would be left to train on; `add` another source or weigh one above 0 first"
         )
+    named = {flag.name: flag.weight for flag in edit.sources}
     if edit.ramp_steps:
-        return _ramped(last.sources, list(found.values()), targets, step, edit.ramp_steps)
-    named = {flag.name for flag in edit.sources}
+        return _ramped(last.sources, list(found.values()), named, step, edit.ramp_steps)
     if edit.what == "remove":
         return tuple(source for name, source in found.items() if name not in named)
     return tuple(
@@ -256,20 +257,37 @@ def _ramped(
     step: int,
     ramp_steps: int,
 ) -> tuple[PlanSource, ...]:
-    """Sources whose shares go linearly from those of `before` at a step to those of the targets.
+    """Sources whose shares go linearly from those of `before` at a step to those at its end.
 
-    The weights at the beginning are scaled to the sum of those at the end: while the sum stays,
-    shares are as linear as weights.
+    There the weights are those of `targets`, or else what the sources have at that step, and these
+    go on as planned. The weights at the beginning are scaled to the sum of those at the end: while
+    the sum stays, shares are as linear as weights.
     """
     shares = shares_of_steps([source.weights for source in before], step, step + 1)[0].tolist()
     present = {source.name: share for source, share in zip(before, shares, strict=True)}
-    total = sum(targets.values())
+    end = step + ramp_steps
+    rest = {
+        source.name: ((end, targets[source.name]),)
+        if source.name in targets
+        else _weights_from(source.weights, end)
+        for source in sources
+    }
+    total = sum(weights[0][1] for weights in rest.values())
 
-    def line(name: str) -> tuple[tuple[int, int], ...]:
-        start = present.get(name, 0) * total // PPM
-        return (step, start), (step + ramp_steps, targets[name])
+    def line(name: str) -> Weights:
+        return (step, present.get(name, 0) * total // PPM), *rest[name]
 
     return tuple(replace(source, weights=line(source.name)) for source in sources)
+
+
+def _weights_from(weights: Weights, step: int) -> Weights:
+    """The weights from a step on, at which the first point is then."""
+    later = tuple(point for point in weights if point[0] > step)
+    start, weight = max((p for p in weights if p[0] <= step), default=weights[0])
+    if later and start < step:
+        end, following = later[0]
+        weight += (following - weight) * (step - start) // (end - start)
+    return (step, weight), *later
 
 
 def _undone(history: Sequence[Plan], edit: Edit, earliest: int) -> tuple[Plan, int]:
@@ -291,11 +309,14 @@ def _undone(history: Sequence[Plan], edit: Edit, earliest: int) -> tuple[Plan, i
         in_force = [s for s in target.segments if s.from_step <= step][-1].sources
         if contents(in_force) != contents(kept[-1].sources):
             if edit.ramp_steps:
-                targets = {source.name: source.weights[-1][1] for source in in_force}
-                leaving = [s for s in kept[-1].sources if s.name not in targets]
-                targets |= {source.name: 0 for source in leaving}
+                stays = {source.name for source in in_force}
+                leaving = {s.name: s for s in kept[-1].sources if s.name not in stays}
                 in_force = _ramped(
-                    kept[-1].sources, [*in_force, *leaving], targets, step, edit.ramp_steps
+                    kept[-1].sources,
+                    [*in_force, *leaving.values()],
+                    dict.fromkeys(leaving, 0),
+                    step,
+                    edit.ramp_steps,
                 )
             kept.append(Segment(from_step=step, sources=in_force))
     undone = Plan(segments=(*kept, *later))

@@ -27,6 +27,7 @@ from storage.display import print_table
 from storage.errors import ConfigurationError, DataError
 from storage.store import Store, open_store
 
+_MOST_STEPS = 10**12  # positions in a source stay far below 2^63
 _READS = 8
 _TEXT_WIDTH = 60
 _SHOWN_TOKENS = 4 * _TEXT_WIDTH
@@ -95,8 +96,8 @@ def explain(
 
     The text is that of a sequence's first `text_tokens` tokens: all for None, left out for 0.
     """
-    if step < 0:
-        raise ConfigurationError(f"--step must be at least 0, got {step}")
+    if not 0 <= step <= _MOST_STEPS:
+        raise ConfigurationError(f"--step must be from 0 to {_MOST_STEPS}, got {step}")
     recorded = plans_of(read_log(run))[-1]
     if sequence is not None and not 0 <= sequence < recorded.global_batch_size:
         raise ConfigurationError(

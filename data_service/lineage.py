@@ -237,4 +237,4 @@ def _shape(recorded: RecordedPlan) -> dict[str, int]:
 def _decides(segment: Segment) -> tuple[object, ...]:
     """What decides samples; where sources lie does not."""
     sources = [(source.name, source.fingerprint, source.weights) for source in segment.sources]
-    return segment.from_step, tuple(sources)
+    return segment.from_step, segment.skip_steps, tuple(sources)

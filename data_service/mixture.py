@@ -28,7 +28,7 @@ import numpy.typing as npt
 from data_service.shares import NEVER, PPM, Points, Shares
 
 BLOCK = 65_536  # samples between two anchors
-_FAR = 1 << 55  # a deadline beyond it is as good as none, and keys stay below 2^63
+_FAR = 1 << 45  # beyond every deadline of a share above 0, and keys stay below 2^63
 _NEAR = 1024  # so far back the past is forgotten when every share is above a few thousandths
 _KEPT_BLOCKS = 32  # a whole period of at most PPM samples, and more
 

@@ -35,7 +35,8 @@ def source_outlooks(
     for name, count in counts.items():
         source = sources[name]
         train = source.shards("train")
-        shard_bytes = np.sort(train.shard_bytes + train.mask_bytes)
+        shard_bytes = np.sort(train.all_bytes)
+        held_out = source.shards("validation").all_bytes
         tokens = int(train.tokens.sum())
         told.append(
             {
@@ -50,7 +51,7 @@ def source_outlooks(
                 "unread_tokens": tokens - windows[name] * batches.context,
                 "shards": len(train),
                 "bytes": int(shard_bytes.sum()),
-                "largest_shard_bytes": int(shard_bytes[-1]),
+                "largest_shard_bytes": max(int(shard_bytes[-1]), int(held_out.max(initial=0))),
                 "under_way_bytes": int(shard_bytes[-batches.lanes :].sum()),
                 "token_bytes": dtype_named(source.index.dtype).itemsize,
                 "remote": open_store(source.url).local_path(train[0].tokens_key) is None,

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from data_service.batches import Batches
+from data_service.lineage import lineage
 from data_service.plan import PlanSource, parse_data_flag
 from data_service.recorded import RecordedPlan, located, recorded_plans
 from data_service.source import Source, open_source
@@ -29,13 +30,9 @@ class RunLog:
 
     @property
     def committed_step(self) -> int:
-        """The step of the newest COMMIT; 0 when there is none."""
-        for record in reversed(self.records):
-            if record.kind == "COMMIT":
-                return int(record.body["step"])
-            if record.kind == "BASE" and record.body["history"]["checkpoints"]:
-                return int(record.body["history"]["checkpoints"][-1]["step"])
-        return 0
+        """The step of the newest checkpoint that a start may choose; 0 when there is none."""
+        commits = lineage(self.records).commits
+        return commits[-1].step if commits else 0
 
     @property
     def max_steps(self) -> int:

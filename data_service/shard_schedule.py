@@ -50,15 +50,16 @@ class ShardSchedule:
         self._looked_for |= unknown
 
     def _minimum_bytes(self) -> int:
-        """The largest that the lanes can read at a time, of the segments' sources; and one more."""
+        """The largest that the lanes can read at a time, of the segments' sources; and one more,
+        also of those that are evaluated."""
         if not self._sources:
             return 0
         under_way, largest = dict[str, int](), 0
         for name, source in self._sources.items():
-            train = source.shards("train")
-            sizes = np.sort(train.shard_bytes + train.mask_bytes)
+            sizes = np.sort(source.shards("train").all_bytes)
+            held_out = source.shards("validation").all_bytes
             under_way[name] = int(sizes[-self._batches.lanes :].sum())
-            largest = max(largest, int(sizes[-1]))
+            largest = max(largest, int(sizes[-1]), int(held_out.max(initial=0)))
         return largest + max(
             sum(under_way.get(source.name, 0) for source in segment.sources)
             for segment in self._batches.plan.segments

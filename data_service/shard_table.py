@@ -172,6 +172,11 @@ class ShardTable(Sequence[ShardEntry]):
     def name(self, row: int) -> str:
         return bytes(self.names[row]).decode("ascii")
 
+    @cached_property
+    def all_bytes(self) -> npt.NDArray[np.int64]:
+        """What each shard takes: its tokens, and its loss mask if it has one."""
+        return self.shard_bytes + self.mask_bytes
+
     def row(self, name: str) -> int | None:
         """The row of a shard, or None if there is none of that name."""
         wanted = name.encode()

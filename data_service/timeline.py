@@ -42,10 +42,15 @@ class Timeline:
         self._batch = global_batch_size
         self._from_steps = [segment.from_step for segment in plan.segments]
         self._states: list[_SegmentState] = []
+        self._skips: dict[str, list[tuple[int, int]]] = {name: [] for name in plan.sources}
         before = dict.fromkeys(plan.sources, 0)
         for segment in plan.segments:
             if self._states:
+                at = self._counts_in(self._states[-1], segment.from_step)
                 before = self._counts_in(self._states[-1], segment.from_step + segment.skip_steps)
+                for name, count in before.items():
+                    if at[name] < count:
+                        self._skips[name].append((at[name], count))
             mixture = segment.mixture(global_batch_size)
             self._states.append(_SegmentState(segment=segment, mixture=mixture, before=before))
         # Per source, how much of it is taken before each segment.
@@ -99,6 +104,13 @@ class Timeline:
             else:
                 first = middle + 1
         return first
+
+    def not_skipped(self, source: str, position: int) -> int:
+        """The first of a source's positions from this one on that no edit skips."""
+        for first, end in self._skips[source]:
+            if first <= position < end:
+                position = end
+        return position
 
     def _number(self, step: int) -> int:
         """Which segment a step is in."""

@@ -17,13 +17,21 @@ from data_service.plan import (
     parse_data_flag,
     parse_weights_flag,
 )
-from data_service.recorded import IN_RUN, KIND, RecordedPlan, located, recorded_plans
+from data_service.recorded import (
+    IN_RUN,
+    KIND,
+    RecordedPlan,
+    located,
+    plan_records,
+    recorded_plans,
+)
 from data_service.source import Source
 from launch.caching import RemoteData
 from launch.config import RunConfig
 from launch.phase import Phase
 from launch.world import World
 from storage.canonical import canonical_json, sha256_hex
+from storage.display import numbers
 from storage.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -48,6 +56,7 @@ def open_batches(
         past = history(incarnation.check())
         plans = recorded_plans(incarnation.records)
         recorded = plans[-1] if plans else None
+        _tell_what_is_lost(incarnation)
         if recorded is not None and not config.data and not config.weights:
             return recorded.plan.to_json()
         sources = _open_flags(config, _flags(config, announce), remote)
@@ -160,6 +169,18 @@ def _wanted_plan(
         return Plan(segments=kept)
     logger.info("the mixture changes from step %d on", step)
     return Plan(segments=(*kept, Segment(from_step=step, sources=tuple(sources))))
+
+
+def _tell_what_is_lost(incarnation: Incarnation) -> None:
+    """Nothing else shows that an edit is gone as long as no checkpoint was trained with it."""
+    newest = max((record.index for record in plan_records(incarnation.records)), default=0)
+    lost = [index for index in incarnation.damaged_records if index > newest]
+    if lost:
+        logger.warning(
+            "records %s of the log cannot be read: an edit of the plan among them is not made. "
+            "`python -m data_service.plan` shows the plan in force; ask for what is missing again",
+            numbers(lost),
+        )
 
 
 def _refuse_changed(plan: Plan, sources: Mapping[str, Source]) -> None:

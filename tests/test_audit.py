@@ -134,6 +134,16 @@ def test_a_cursor_that_skipped_a_step_is_found(
     assert shown[-1].startswith("every sample exactly once: VIOLATED: COMMIT record 4 of step 20")
 
 
+def test_a_wrong_cursor_is_found_in_what_was_thrown_away_too(run: DataRun) -> None:
+    run.save(10)
+    run.save(20, cursor=committed_cursor(run.batches.cursor(21)))
+    run.quarantine(20)
+    run.start()
+    run.save(30)
+    (wrong,) = audit(run.place).violations
+    assert wrong.startswith("COMMIT record 4 of step 20 was not trained on the batches of PLAN")
+
+
 def test_a_changed_past_is_found(run: DataRun, sources: dict[str, Source]) -> None:
     run.save(10, 20)
     run.edit(run.batches.plan.appended(segment_of([sources["web"]], from_step=15)))

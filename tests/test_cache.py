@@ -32,7 +32,7 @@ from tests.faulty_store import (
     TruncateRead,
 )
 from tests.made_lanes import Lanes, Visit, downloads, made_objects, read_step, shuffled_lanes
-from tests.test_bad_input import small_disk
+from tests.test_bad_input import fill, small_disk
 
 __all__ = ["small_disk"]
 
@@ -514,6 +514,15 @@ def test_a_download_that_is_killed_is_swept_and_made_by_the_next(tmp_path: Path)
     read_all(Cache(folder), lanes, folder)
     assert sorted(downloads(store)) == [f"shard-{number}.npy" for number in (3, 4, 5)]
     assert not part.exists()
+
+
+def test_needs_that_a_full_disk_refuses_are_nobodys(small_disk: Path) -> None:
+    folder, other = (CacheFolder(small_disk / "cache", limit_bytes=10**6) for _ in range(2))
+    fill(small_disk)
+    with pytest.raises(StoreUnavailableError, match="no space left"):
+        folder.needs.register("run a", 300)
+    (small_disk / "filler").unlink()
+    assert other.needs.of_others("run b") == 0
 
 
 def test_a_full_disk_is_said_with_the_shard(small_disk: Path, tmp_path: Path) -> None:

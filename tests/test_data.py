@@ -16,7 +16,7 @@ from launch.data import open_batches
 from launch.phase import Phase
 from launch.world import World
 from storage.errors import DataError, FencedError, RangeFlowError, StoreUnavailableError
-from storage.log import Log
+from storage.log import Log, record_key
 from storage.store import open_store
 from tests.conftest import Interrupted
 from tests.made_sources import write_source
@@ -150,6 +150,19 @@ def test_a_start_without_data_goes_on_with_that_of_the_run(sources: Path, run: P
     assert train_here("--run", run, *SHAPE) == 0
     assert len(plans(run)) == 1
     assert not (run / "corpus").exists(), "the embedded corpus is for a run that has no data"
+
+
+def test_an_edit_whose_record_is_damaged_is_missed_aloud(
+    sources: Path, run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened(run, f"a={sources}/a")
+    opened(run, f"a={sources}/a")
+    assert "cannot be read" not in caplog.text
+    opened(run, f"b={sources}/b")
+    newest = history(Log(open_store(str(run))).refresh()).plans[-1].index
+    open_store(str(run)).put(record_key(newest), b"{}")
+    opened(run)
+    assert f"records {newest} of the log cannot be read: an edit of the plan" in caplog.text
 
 
 def test_a_change_is_recorded_once(sources: Path, run: Path) -> None:

@@ -14,7 +14,7 @@ from data_service.plan import Plan, PlanSource, Segment
 from data_service.recorded import RecordedPlan
 from data_service.source import open_source
 from storage.log import Log
-from storage.requests import Inbox
+from storage.requests import Inbox, put_request
 from storage.store import LocalStore
 from tests.made_sources import write_source
 
@@ -182,6 +182,24 @@ MISTAKES = [
     (("undo",), "error: cannot undo 1 edits: the plan was changed 0 times"),
     (("dance",), "error: Invalid choice invalid choice 'dance' for argument 'what'"),
 ]
+
+
+def test_edits_that_wait_for_an_answer_are_taken_as_made(
+    store: LocalStore, owner: Incarnation, data: dict[str, str], capsys: Capture
+) -> None:
+    """So an edit may build on one that was just asked for, as that of a blend does."""
+    assert edit(store, "add", f"c={data['c']}", "--ramp", "20", "--at=40", "--yes") == 0
+    assert edit(store, "skip", "3", "5", "--yes") == 78
+    put_request(store, KIND, {"what": "nothing"})
+    capsys.readouterr()
+    assert edit(store, "remove", "a", "b", "--ramp", "20", "--at=40", "--json", "--yes") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["after"][-1] == {"step": 60, "shares": {"c": 1.0}}
+    assert shown["notes"] == [f"asked before, and taken as made: add c={data['c']}:1 over 20 steps"]
+    assert shown["epochs"].keys() == {"a", "b", "c"}
+    assert len(store.list("requests/")) == 3, "looking changes nothing"
+    assert edit(store, "add", f"c={data['c']}", "--at=30", "--json") == 0, "that may be refused"
+    assert json.loads(capsys.readouterr().out)["notes"] == []
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES)

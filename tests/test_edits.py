@@ -4,6 +4,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +20,7 @@ from data_service.plan import Plan, PlanSource, Segment
 from data_service.shares import PPM, shares_of_steps
 from data_service.source import Source
 from storage.errors import ConfigurationError
-from tests.made_sources import made_source
+from tests.made_sources import made_source, unwritten_source
 
 B = 4
 
@@ -102,6 +103,24 @@ def test_an_abrupt_edit_leaves_the_ramps_of_other_sources() -> None:
     assert shares(second, 110) == pytest.approx({"a": 333_333, "b": 333_333, "c": 333_334}, abs=1)
 
 
+def test_a_ramp_ends_in_what_is_planned_for_then_and_leaves_the_rest_of_the_plan() -> None:
+    """`--weights` may plan far ahead; the whole plan would be over when the edit's ramp is."""
+    a, b = base(a=PPM, b=PPM).segments[0].sources
+    a = replace(a, weights=((0, PPM), (100, PPM), (200, 0)))
+    b = replace(b, weights=((0, 0), (100, 0), (200, PPM)))
+    plan = Plan(segments=(Segment(from_step=0, sources=(a, b)),))
+    for at in (20, 95, 140, 190):
+        ramped = after(plan, edit="add c=/c", ramp=10, at=at)
+        at_once = after(plan, edit="add c=/c", at=at)
+        assert shares(ramped, at) == pytest.approx(shares(plan, at))
+        for step in (at + 10, at + 11, 130, 170, 200, 300):
+            if step >= at + 10:
+                assert shares(ramped, step) == pytest.approx(shares(at_once, step), abs=2)
+        gone = after(plan, at_once, edit="undo", ramp=10, at=at + 1)
+        for step in (at + 11, 230):
+            assert shares(gone, step) == pytest.approx(shares(plan, step), abs=2)
+
+
 def test_a_source_is_removed_at_once_or_by_a_ramp() -> None:
     plan = base(a=1_000_000, b=1_000_000)
     at_once = after(plan, edit="remove a")
@@ -131,6 +150,15 @@ def test_two_edits_of_one_step_that_has_not_begun_are_one() -> None:
     second = after(plan, first, edit="add c=/c:2")
     assert [s.from_step for s in second.segments] == [0, 10]
     assert shares(second, 10) == {"a": 250_000, "b": 250_000, "c": 500_000}
+
+
+def test_what_one_edit_skips_is_skipped_beside_another_of_its_step() -> None:
+    plan = base(a=1_000_000)
+    first = after(plan, edit="skip 10 15")
+    for edit, steps in (("skip 10 17", 12), ("add b=/b", 5)):
+        second = after(plan, first, edit=edit)
+        assert [s.skip_steps for s in second.segments] == [0, steps]
+        assert after(plan, first, second, edit="undo").hash == first.hash
 
 
 def test_an_edit_waits_for_one_that_is_planned_already() -> None:
@@ -338,6 +366,20 @@ def test_uses_are_foretold_in_order_and_in_time_also_over_a_skip(
     for use in told:
         soonest.setdefault((use.source, use.shard), use.step)
     assert all(soonest[key] <= step for key, step in first.items())
+
+
+def test_no_shard_is_foretold_of_what_is_skipped() -> None:
+    sources = {name: unwritten_source(name, train=[90] * 200) for name in "ab"}
+    plan = planned(sources, "ab")
+    skipped = edited([plan], parse_edit("skip", ["10", "300"]), 10, fingerprint)[0]
+    whole, after_skip = made(sources, plan), made(sources, skipped)
+    passed = {sample[:3:2] for step in range(20, 290) for sample in whole.sample_ids(step)}
+    assert len(passed) > 90
+    for start in (5, 10):
+        uses = itertools.takewhile(lambda use: use.step <= 10, after_skip.uses(start))
+        assert len(list(uses)) <= 2 * 2 * after_skip.lanes, "before the skip, and after it"
+        soon = [shard for shard in passed if after_skip.next_use(*shard, start) <= 10]
+        assert len(soon) <= 2 * 2 * after_skip.lanes
 
 
 EDITS = st.lists(

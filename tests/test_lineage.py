@@ -1,5 +1,6 @@
 """Which checkpoints led to the present state, and which plans extend others: examples of logs."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -172,6 +173,12 @@ def test_a_moved_source_changes_nothing() -> None:
         first_change(plan((0, "a")), Plan(segments=(Segment(from_step=0, sources=(moved,)),)))
         is None
     )
+
+
+def test_other_steps_skipped_are_another_plan() -> None:
+    before = plan((0, "a"), (9, "a"))
+    first, second = before.segments
+    assert first_change(before, Plan(segments=(first, replace(second, skip_steps=5)))) == 9
 
 
 def edits(*plans: PlanAt, committed: tuple[Entry, ...]) -> list[str]:

@@ -55,6 +55,19 @@ def test_rows_come_in_the_order_of_steps_and_ranges(batches: Batches, depth: int
             assert rows.learn is None
 
 
+def test_each_step_is_told_before_it_is_read(batches: Batches) -> None:
+    slow, told = Slow(batches), list[tuple[int, int]]()
+    slow.gate.set()
+
+    def before(step: int) -> None:
+        told.append((step, len(slow.read)))
+
+    with Loader(slow, [(0, 8)], start_step=5, before_step=before) as loader:  # type: ignore[arg-type]
+        for step in range(5, 9):
+            loader.next(step)
+    assert told[:4] == [(5, 0), (6, 1), (7, 2), (8, 3)]
+
+
 def test_the_loss_mask_comes_with_the_rows(tmp_path: Path) -> None:
     source = made_source(tmp_path, "chat", train=(900, 700), masked=True)
     batches = Batches(

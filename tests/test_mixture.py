@@ -192,6 +192,14 @@ def test_a_sample_lies_in_its_window_and_gains_less_than_one_in_it(
         assert waited < PPM
 
 
+def test_hundreds_of_sources_stay_within_the_bound_where_some_end() -> None:
+    K, per_step, samples = 300, 50, 3000
+    weights = [[(0, 1 + k), (20, k % 3)] for k in range(K)]
+    mixture = Mixture(weights=weights, from_step=0, samples_per_step=per_step)
+    sources = mixture.sources_of(0, samples)[0].tolist()
+    assert worst_break(sources, exact_shares(weights, 0, samples, per_step), K) <= 1
+
+
 def test_what_is_never_drawn_is_drawn_never() -> None:
     mixture = Mixture(weights=[[(0, 5), (9, 0)], [(0, 1)]], from_step=0, samples_per_step=4)
     drawn = mixture.counts_at(70_000)[0]

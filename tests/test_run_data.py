@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpointing.history import history, restated
 from checkpointing.incarnation import claim_run
 from data_service.run_data import batches_of, moved_sources, open_sources, plans_of, read_log
 from data_service.source import Source
@@ -31,6 +32,17 @@ def test_the_batches_of_the_log_are_those_of_the_run(run: DataRun) -> None:
         assert (batches.batch(step) == run.batches.batch(step)).all()
         assert batches.cursor(step) == run.batches.cursor(step)
     assert len(plans_of(log)) == 2
+
+
+def test_how_far_a_run_is_and_goes_is_known_also_behind_a_base(run: DataRun) -> None:
+    assert (read_log(run.place).committed_step, read_log(run.place).max_steps) == (0, 400)
+    run.save(10, 20)
+    run.quarantine(20)
+    assert read_log(run.place).committed_step == 10, "a start goes on from there"
+    run.owner.append("BASE", lambda records: restated(history(records)))
+    log = read_log(run.place)
+    assert [record.kind for record in log.records] == ["BASE"]
+    assert (log.committed_step, log.max_steps) == (10, 400)
 
 
 def test_reading_changes_nothing_also_where_nothing_is(run: DataRun, tmp_path: Path) -> None:

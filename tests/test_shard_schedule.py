@@ -118,6 +118,16 @@ def test_at_the_very_minimum_the_rows_are_the_same_and_below_it_is_refused(tmp_p
         cache.follow(ShardSchedule(cached), 0)
 
 
+def test_room_is_asked_for_the_largest_shard_of_held_out_text_too(tmp_path: Path) -> None:
+    remote = Remote(tmp_path, "web", [1000] * 3, validation=(9000,))
+    (held_out,) = remote.local.shards("validation")
+    minimum = 3 * shard_bytes(remote.local) + held_out.bytes
+    with Cache(CacheFolder(tmp_path / "cache", limit_bytes=minimum)) as cache:
+        cached = batches_of(plan_of([remote.local]), [remote.cached(cache)])
+        assert ShardSchedule(cached).minimum_bytes == minimum
+        assert len(cached.validation_rows(10)["web"]) == 10
+
+
 def test_local_sources_need_no_room_and_are_left_out(tmp_path: Path) -> None:
     remote = Remote(tmp_path, "web", [1000] * 9)
     local = open_source("books", write_source(tmp_path / "books", train=[1500] * 3, start=9))
