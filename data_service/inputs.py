@@ -294,7 +294,9 @@ def _described(path: Path) -> Input:
     with opened(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = file.tell()
-    return Input(path=path.resolve().as_posix(), size_bytes=size, sha256=digest)
+    # Of a link its own name, not that of what it leads to: the suffix says how a file is read.
+    named = (path.parent.resolve() / path.name).as_posix()
+    return Input(path=named, size_bytes=size, sha256=digest)
 
 
 def _grouped(parts: Sequence[Part], unit_bytes: int) -> list[list[Part]]:

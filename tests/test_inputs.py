@@ -192,6 +192,15 @@ def test_half_a_surrogate_pair_in_a_conversation_becomes_a_replacement(tmp_path:
     assert question == Turn("user", "a\ufffdb")
 
 
+def test_a_link_is_read_as_its_own_name_says_by_workers_too(tmp_path: Path) -> None:
+    """Hugging Face's hub keeps files as links to blobs without a suffix."""
+    (tmp_path / "blob").write_text('{"text": "x"}\n')
+    (tmp_path / "a.jsonl").symlink_to("blob")
+    corpus = FileCorpus([tmp_path / "a.jsonl"])
+    for same in (corpus, FileCorpus.from_spec(json.loads(json.dumps(corpus.spec())))):
+        assert texts(same, 10**6) == ["x"]
+
+
 def test_a_corpus_comes_back_from_its_spec(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"body": "x"}\n' * 50)
     corpus = FileCorpus([tmp_path], text_field="body", tail_permille=100)
