@@ -245,22 +245,23 @@ def _whole(text: str) -> str:
 
 
 def _files_of(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"{path}: there is no such file or folder")
-    if (path / "dataset_dict.json").is_file():
-        raise DataError(
-            f"{path}: holds several splits; name the folder of one, such as {path}/train"
-        )
-    if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
-        return _files_of_data_set(path)
+    try:
+        if path.is_file():
+            return [path]
+        if not path.is_dir():
+            raise DataError(f"{path}: there is no such file or folder")
+        if (path / "dataset_dict.json").is_file():
+            raise DataError(
+                f"{path}: holds several splits; name the folder of one, such as {path}/train"
+            )
+        if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+            return _files_of_data_set(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
     found = [
         file
-        for file in sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix())
+        for file in sorted(_files_below(path), key=lambda file: file.relative_to(path).as_posix())
         if file.name.lower().endswith((*TEXT_SUFFIXES, *RECORD_SUFFIXES))
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        and file.is_file()
     ]
     if not found:
         raise DataError(
@@ -268,6 +269,27 @@ def _files_of(path: Path) -> list[Path]:
             "such); name the files themselves if they end otherwise"
         )
     return found
+
+
+def _files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Files and links, hidden ones left out; a link to a folder is one, unless it leads back."""
+    try:
+        status = folder.stat()
+        here = (status.st_dev, status.st_ino)
+        entries = [(entry, entry.is_dir()) for entry in folder.iterdir() if here not in above]
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    for entry, is_folder in entries:
+        if entry.name.startswith("."):
+            continue
+        if is_folder:
+            yield from _files_below(entry, above | {here})
+        elif entry.is_file() or entry.is_symlink():  # one that leads nowhere fails when opened
+            yield entry
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read ({error.strerror}); leave it out")
 
 
 def _files_of_data_set(path: Path) -> list[Path]:
@@ -296,6 +318,10 @@ def _described(path: Path) -> Input:
         size = file.tell()
     # Of a link its own name, not that of what it leads to: the suffix says how a file is read.
     named = (path.parent.resolve() / path.name).as_posix()
+    try:
+        named.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{named!r}: the name of this file is not UTF-8; rename it") from None
     return Input(path=named, size_bytes=size, sha256=digest)
 
 

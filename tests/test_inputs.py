@@ -1,7 +1,9 @@
 """Inputs: each document once however the work is cut, and clear words for what cannot be read."""
 
+import errno
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 
@@ -92,6 +94,8 @@ def test_nothing_to_read_is_said(tmp_path: Path) -> None:
         FileCorpus([])
     with pytest.raises(DataError, match="there is no such file or folder"):
         FileCorpus([tmp_path / "nowhere"])
+    with pytest.raises(DataError, match=r"cannot be read \(File name too long"):
+        FileCorpus(["x" * 300])
     with pytest.raises(DataError, match="no text in this folder"):
         FileCorpus([tmp_path])
 
@@ -190,6 +194,36 @@ def test_half_a_surrogate_pair_in_a_conversation_becomes_a_replacement(tmp_path:
     (tmp_path / "a.jsonl").write_text('{"instruction": "a\\ud83db", "output": "c"}')
     ((question, _),) = texts(FileCorpus([tmp_path]), 10**6)
     assert question == Turn("user", "a\ufffdb")
+
+
+def test_links_to_folders_are_folders_and_those_that_lead_back_end(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "b.txt").write_text("b")
+    (tmp_path / "in" / "a.txt").write_text("a")
+    (tmp_path / "in" / "link").symlink_to("../other")
+    (tmp_path / "in" / "back").symlink_to(".")
+    assert texts(FileCorpus([tmp_path / "in"]), 1) == ["a", "b"]
+
+
+def test_what_cannot_be_read_in_a_folder_is_said_and_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"b\.txt: cannot be read \(No such file"):
+        FileCorpus([tmp_path])
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("c")
+    with pytest.raises(DataError, match=r"the name of this file is not UTF-8; rename it"):
+        FileCorpus([tmp_path])
+
+    def refuse(path: Path) -> None:  # root may read what it has forbidden
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied\); leave it out"):
+        FileCorpus([tmp_path])
 
 
 def test_a_link_is_read_as_its_own_name_says_by_workers_too(tmp_path: Path) -> None:
