@@ -34,7 +34,7 @@ from data_service.tasks import (
 from data_service.tokenizer import Tokenizer
 from data_service.validation_split import ValidationStamp
 from data_service.workers import Workers
-from storage.errors import ConfigurationError, DataError
+from storage.errors import ConfigurationError, DataError, IntegrityError
 from storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -261,6 +261,9 @@ def _finished_index(store: Store) -> SourceIndex | None:
     try:
         return read_index(store, where=store.url)
     except FileNotFoundError:
+        return None
+    except (ConfigurationError, IntegrityError) as error:
+        logger.warning("%s; it is made again", error)
         return None
 
 

@@ -7,7 +7,6 @@ after all others, the end of text first.
 """
 
 import base64
-import binascii
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -262,7 +261,7 @@ def _merged(written: object) -> list[bytes]:
     try:
         if isinstance(written, str):
             return [base64.b64decode(token, validate=True) for token in written.split()]
-    except binascii.Error:
+    except ValueError:  # binascii's error, or a letter that is not ASCII
         pass
     raise DataError("a bpe tokenizer's spec must hold its `merged` tokens in base64")
 

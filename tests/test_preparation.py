@@ -412,6 +412,24 @@ def test_a_shard_that_was_lost_after_a_shuffle_is_made_again(tmp_path: Path) -> 
     assert objects(tmp_path) == before
 
 
+@pytest.mark.parametrize("lost", ["train-", "validation-", "index.json"])
+def test_preparing_again_makes_a_lost_table_and_a_torn_index_again(
+    lost: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Opening a source says "prepare the source again" of them: that must help."""
+    store = open_store(str(tmp_path))
+    index = prepare(CORPUS, store, make_tokenizer("bytes"), **OPTIONS)  # type: ignore[arg-type]
+    before = objects(tmp_path)
+    key = next(key for key in before if key.startswith(lost) and not key.endswith(".npy"))
+    if key == "index.json":
+        store.put(key, before[key][:-9])
+    else:
+        store.delete(key)
+    assert prepare(CORPUS, store, make_tokenizer("bytes"), **OPTIONS) == index  # type: ignore[arg-type]
+    assert objects(tmp_path) == before
+    assert "it is made again" in caplog.text
+
+
 def test_no_workers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="workers must be at least 1, got 0"):
         prepare(CORPUS, open_store(str(tmp_path)), make_tokenizer("bytes"), workers=0)
@@ -427,16 +445,19 @@ def test_the_embedded_kind_of_source_is_frozen(tmp_path: Path) -> None:
     assert digest.hexdigest()[:16] == "e45f2954f3e4c2e1"
 
 
-def test_spilled_documents_that_are_gone_are_said_and_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["bucket", "hashes-done", "duplicates-done"])
+def test_what_was_written_on_the_way_and_is_gone_is_said_and_made_again(
+    stage: str, tmp_path: Path
+) -> None:
     store = open_store(str(tmp_path))
-    recipe = Recipe(shard_tokens=9_000, shuffle=True)
+    recipe = Recipe(shard_tokens=9_000, shuffle=True, deduplicate=True)
 
     def take_away(phase: str) -> None:
-        if phase == "prepare:bucket":
+        if phase == f"prepare:{stage}":
             for key in store.list("spill/"):
                 store.delete(key)
 
-    with pytest.raises(StoreUnavailableError, match="what was spilled there is gone"):
+    with pytest.raises(StoreUnavailableError, match="what was written there on the way is"):
         prepare(CORPUS, store, make_tokenizer("bytes"), recipe=recipe, announce=take_away)
     index = prepare(CORPUS, store, make_tokenizer("bytes"), recipe=recipe)
     whole = prepare(CORPUS, open_store("memory://whole"), make_tokenizer("bytes"), recipe=recipe)
