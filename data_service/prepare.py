@@ -8,9 +8,11 @@ a store or network failed and trying again may help.
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -128,6 +130,7 @@ def _prepare(arguments: PrepareArguments, announce: Callable[[str], None]) -> So
         )
     if arguments.validation_tail is not None:
         ValidationStamp.by_position(arguments.validation_tail)
+    _refuse_inputs_around(arguments.out, arguments.inputs)
     corpus: Corpus
     permille = VALIDATION_PERMILLE
     if arguments.embedded is not None:
@@ -166,6 +169,22 @@ def _prepare(arguments: PrepareArguments, announce: Callable[[str], None]) -> So
             announce=announce,
             advance=progress.advance,
         )
+
+
+def _refuse_inputs_around(out: str, inputs: Sequence[str]) -> None:
+    """A ledger is .json files, which a folder's reader takes for records."""
+    index = open_store(out).local_path("index.json")
+    if index is None:
+        return
+    for path in inputs:
+        place, folder = Path(os.path.realpath(index.parent)), os.path.realpath(path)
+        if place.is_relative_to(folder) and not any(
+            part.startswith(".") for part in place.relative_to(folder).parts
+        ):
+            raise ConfigurationError(
+                f"--out {out} lies in the input {path}: the next start would read what this one "
+                "writes; give it a place outside"
+            )
 
 
 def _tokenizer(arguments: PrepareArguments, corpus: Corpus, recipe: Recipe) -> Tokenizer:

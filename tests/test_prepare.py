@@ -59,6 +59,7 @@ def test_json_lines_with_another_field(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["/nowhere", "--out", "OUT"], "error: /nowhere: there is no such file or folder"),
+        (["x" * 300, "--out", "OUT"], r"error: x+: cannot be read \(File name too long"),
         (["--out", "OUT"], "error: name what to prepare"),
         (["TEXT", "--embedded", "python", "--out", "OUT"], "error: name what to prepare"),
         (["TEXT"], "error: .*--out"),
@@ -77,6 +78,8 @@ def test_json_lines_with_another_field(tmp_path: Path) -> None:
         (["TEXT", "--out", "OUT", "--workers", "0"], "error: workers must be at least 1"),
         (["TEXT", "--out", "OUT", "--max_words", "0"], "error: max_words must be at least 1"),
         (["TEXT", "--out", "OUT", "--tokenizer_of", "/nowhere"], "error: .*there is no data here"),
+        (["FOLDER", "--out", "OUT"], r"error: --out .*/out lies in the input .* outside"),
+        (["FOLDER", "--out", "FOLDER"], "error: --out .* lies in the input"),
     ],
 )
 def test_a_mistake_is_one_line_and_78(
@@ -86,12 +89,20 @@ def test_a_mistake_is_one_line_and_78(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    values = {"TEXT": text, "OUT": str(tmp_path / "out")}
+    values = {"TEXT": text, "OUT": str(tmp_path / "out"), "FOLDER": str(tmp_path)}
     assert main([values.get(argument, argument) for argument in arguments]) == 78
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.count("\n") == 1
     assert re.search(message, said.err)
+
+
+def test_a_hidden_place_in_the_input_is_not_read_and_may_be_given(
+    text: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / ".tokens" / "a")
+    for _ in range(2):
+        assert main([str(tmp_path), "--out", out, "--workers", "1"]) == 0
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
