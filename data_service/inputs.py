@@ -75,6 +75,9 @@ class Corpus(Protocol):
     def spec(self) -> dict[str, object] | None:
         """JSON from which another process makes the same corpus; None when it cannot."""
 
+    def check_unchanged(self) -> None:
+        """Refuse an input that somebody wrote to since it was described in `inputs`."""
+
 
 class MemoryCorpus:
     """Named texts that are at hand; each is one document."""
@@ -99,6 +102,9 @@ class MemoryCorpus:
     def spec(self) -> dict[str, object] | None:
         return None
 
+    def check_unchanged(self) -> None:
+        pass
+
 
 class FileCorpus:
     """Files of text and of records, folders of them (by suffix, hidden ones left out), data sets.
@@ -121,6 +127,7 @@ class FileCorpus:
         self._text_field = text_field
         self._format = format
         self.tail_permille = tail_permille
+        self._states = [_state(path) for path in self._files]
         with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to others
             self.inputs: Sequence[Input] = tuple(pool.map(_described, self._files))
 
@@ -143,6 +150,14 @@ class FileCorpus:
             "format": self._format,
             "tail_permille": self.tail_permille,
         }
+
+    def check_unchanged(self) -> None:
+        for path, state in zip(self._files, self._states, strict=True):
+            if _state(path) != state:
+                raise DataError(
+                    f"{path}: was written to while it was prepared; run the same command again "
+                    "when that is over, and it sees whether the text is another"
+                )
 
     def units(self, unit_bytes: int) -> list[list[Part]]:
         tail = self._tail()
@@ -310,6 +325,15 @@ def _files_of_data_set(path: Path) -> list[Path]:
         if file.parent != path or not file.is_file():
             raise DataError(f"{path}: state.json names {file.name}, which is not in this folder")
     return files
+
+
+def _state(path: Path) -> tuple[int, int]:
+    """What a file's system says of its last change."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return status.st_size, status.st_mtime_ns
 
 
 def _described(path: Path) -> Input:

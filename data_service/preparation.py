@@ -108,6 +108,7 @@ def prepare(
         units = corpus.units(job.unit_bytes)
         with _performing(job, min(workers, len(units)), announce) as perform:
             index = _Stages(job, units, perform, advance).index()
+        corpus.check_unchanged()
         announce("prepare:index")
         write_index(store, index)
         announce("prepare:done")

@@ -251,6 +251,27 @@ def test_a_changed_input_is_refused(tmp_path: Path) -> None:
         prepare(FileCorpus([tmp_path / "a.txt"]), store, make_tokenizer("bytes"), **OPTIONS)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("change", ["append", "replace", "remove"])
+def test_an_input_that_changes_meanwhile_is_refused(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(prose(1, 90))
+    store = open_store(str(tmp_path / "out"))
+
+    def write(phase: str) -> None:
+        if phase == "prepare:ledger" and change == "append":
+            path.write_text(prose(1, 90) + "more")
+        elif phase == "prepare:unit" and change == "replace":
+            (tmp_path / "new.txt").write_text(prose(2, 90))
+            (tmp_path / "new.txt").rename(path)
+        elif phase == "prepare:unit":
+            path.unlink(missing_ok=True)
+
+    corpus = FileCorpus([path])
+    with pytest.raises(DataError, match=r"a\.txt: (was written to while|cannot be read)"):
+        prepare(corpus, store, make_tokenizer("bytes"), shard_tokens=10**6, announce=write)
+    assert "index.json" not in store.list("")
+
+
 def test_a_folder_with_other_things_is_not_written_to(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigurationError, match="is not empty and holds no preparation"):
