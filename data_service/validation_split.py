@@ -5,8 +5,10 @@ every source with the same stamp, also in one added later. A document of more th
 blank lines into pieces that are decided one by one; the cuts depend on the text around them only,
 so a long text with another head or tail is cut as before once the two agree.
 A conversation is never cut: its whole rendered text decides.
-Does not cover: a paragraph that occurs inside two otherwise different pieces; and, where the stamp
-says that the end of the inputs is held out (`position-1`), what occurs in the end and before it.
+Does not cover: a paragraph that occurs inside two otherwise different pieces; a text of more than
+4 KB that is wrapped into other lines, or whose paragraphs of about 4 KB are so in one spelling and
+longer in another; and, where the stamp says that the end of the inputs is held out (`position-1`),
+what occurs in the end and before it.
 """
 
 import hashlib
