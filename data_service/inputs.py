@@ -6,6 +6,7 @@ or a conversation.
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from data_service.formats import (
 )
 from storage.canonical import sha256_hex
 from storage.errors import ConfigurationError, DataError
+
+logger = logging.getLogger(__name__)
 
 Document = str | Conversation
 Format = Literal["auto", "text", "chat"]
@@ -273,16 +276,17 @@ def _files_of(path: Path) -> list[Path]:
             return _files_of_data_set(path)
     except OSError as error:
         raise _unreadable(path, error) from error
-    found = [
-        file
-        for file in sorted(_files_below(path), key=lambda file: file.relative_to(path).as_posix())
-        if file.name.lower().endswith((*TEXT_SUFFIXES, *RECORD_SUFFIXES))
-    ]
+    found, others = list[Path](), list[Path]()
+    for file in sorted(_files_below(path), key=lambda file: file.relative_to(path).as_posix()):
+        is_read = file.name.lower().endswith((*TEXT_SUFFIXES, *RECORD_SUFFIXES))
+        (found if is_read else others).append(file)
     if not found:
         raise DataError(
             f"{path}: no text in this folder (looked for .txt, .md, .py, .jsonl, .parquet and "
             "such); name the files themselves if they end otherwise"
         )
+    if others:
+        logger.warning("%s: left out %d files of other kinds, as %s", path, len(others), others[0])
     return found
 
 

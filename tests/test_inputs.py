@@ -49,11 +49,14 @@ def test_units_are_of_about_the_asked_size(tmp_path: Path) -> None:
     ]
 
 
-def test_a_folder_is_read_in_order_of_names_and_by_suffix(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_order_of_names_and_by_suffix(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("b.txt", "a/z.md", "a/.hidden.txt", ".git/x.txt", "c.png", "a.JSONL"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('{"text": "json"}' if name.endswith("L") else name)
     assert texts(FileCorpus([tmp_path]), 10) == ["json", "a/z.md", "b.txt"]
+    assert f"left out 1 files of other kinds, as {tmp_path / 'c.png'}" in caplog.text
 
 
 def test_a_file_named_itself_is_read_whatever_its_suffix(tmp_path: Path) -> None:
