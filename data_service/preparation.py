@@ -277,9 +277,10 @@ def _checked(index: SourceIndex, where: str) -> SourceIndex:
     if held_out < _WINDOWS_TO_WARN:
         logger.warning(
             "%s: only %d tokens are held out for validation, and training needs ten windows of "
-            "the context; a larger --validation_permille (now %d) or more text gives more",
+            "the context; a larger --%s (now %d) or more text gives more",
             where,
             held_out,
+            index.stamp.option,
             index.stamp.permille,
         )
     return index

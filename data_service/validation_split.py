@@ -45,8 +45,8 @@ class ValidationStamp:
     def __post_init__(self) -> None:
         if not 1 <= self.permille <= 500:
             raise ConfigurationError(
-                f"validation_permille must be from 1 to 500, got {self.permille}; "
-                "10 holds out one document in a hundred"
+                f"{self.option} must be from 1 to 500, got {self.permille}; "
+                "10 holds out one part in a hundred"
             )
 
     def to_json(self) -> dict[str, object]:
@@ -58,6 +58,11 @@ class ValidationStamp:
         return ValidationStamp(
             permille=permille, rule=POSITION_RULE, normalisation="", hash="", piece_bytes=0
         )
+
+    @property
+    def option(self) -> str:
+        """What one tells `prepare` to have more or less of it."""
+        return "validation_tail" if self.is_by_position else "validation_permille"
 
     @property
     def is_by_position(self) -> bool:

@@ -377,7 +377,9 @@ def test_memory_stays_below_a_limit_that_the_input_exceeds(tmp_path: Path) -> No
     assert "MemoryError" in limited(READS, str(path)).stderr
 
 
-def test_the_tail_is_held_out_in_order_and_the_stamp_says_so(tmp_path: Path) -> None:
+def test_the_tail_is_held_out_in_order_and_the_stamp_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As nanoGPT and the from-scratch course divide tiny Shakespeare: 90/10 in order."""
     text = "".join(prose(number, 40) for number in range(9))
     (tmp_path / "a.txt").write_text(text)
@@ -385,6 +387,7 @@ def test_the_tail_is_held_out_in_order_and_the_stamp_says_so(tmp_path: Path) -> 
     tokenizer = CharacterTokenizer.of_texts([text])
     index = prepare(corpus, open_store(str(tmp_path / "out")), tokenizer)
     assert index.stamp == ValidationStamp.by_position(100)
+    assert "a larger --validation_tail (now 100) or more text" in caplog.text
     source = open_source("a", str(tmp_path / "out"))
     assert documents(source, "train") == [text[: int(0.9 * len(text)) + 1]]
     assert documents(source, "validation") == [text[int(0.9 * len(text)) + 1 :]]

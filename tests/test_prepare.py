@@ -68,7 +68,7 @@ def test_json_lines_with_another_field(tmp_path: Path) -> None:
         (["TEXT", "--out", "OUT", "--shard_tokens", "0"], "error: shard_tokens must be at least"),
         (["TEXT", "--out", "OUT", "--validation_permille", "0"], "error: validation_permille must"),
         (["TEXT", "--out", "nosuch://place"], "error: .*nosuch"),
-        (["TEXT", "--out", "OUT", "--validation_tail", "0"], "error: validation_permille must"),
+        (["TEXT", "--out", "OUT", "--validation_tail", "0"], "error: validation_tail must"),
         (
             ["TEXT", "--out", "OUT", "--validation_tail", "9", "--validation_permille", "9"],
             "error: --validation_tail says where",
