@@ -136,6 +136,15 @@ def test_the_options_of_cleaning_and_chat_reach_the_source(tmp_path: Path) -> No
     assert "\r" not in whole
 
 
+def test_characters_are_those_of_the_parts_that_are_kept(tmp_path: Path) -> None:
+    """A long text is cut into parts, and how it is cut decides which of them are left out."""
+    parts = [chr(0x4E00 + n) + " w" * (17 * n % 300) for n in range(60)]
+    (tmp_path / "a.txt").write_text("\n\n".join(parts))
+    arguments = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "chars"]
+    options = ["--shard_tokens", "4000", "--max_words", "1700", "--workers", "1"]
+    assert main([*arguments, *options]) == 0
+
+
 def test_order_is_kept_where_asked(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n:03d}"}}\n' for n in range(300)))
     orders = []
