@@ -73,8 +73,9 @@ class PrepareArguments:
     """Held-out text, in thousandths; the same for all sources of a run. Default 10, embedded 50."""
     validation_tail: int | None = None
     """Hold out the end of the inputs instead, so many thousandths of them: "90/10 in order"."""
-    shuffle: bool = True
-    """Spread the documents over all shards. Inputs that lie in memory (--embedded) keep order."""
+    no_shuffle: bool = False
+    """Keep the order of the inputs instead of spreading the documents over all shards; --embedded
+    keeps it anyway."""
     shuffle_seed: int = 0
     """Another number gives another order."""
     deduplicate: bool = False
@@ -151,7 +152,7 @@ def _prepare(arguments: PrepareArguments, announce: Callable[[str], None]) -> So
         min_words=arguments.min_words,
         max_words=arguments.max_words,
         deduplicate=arguments.deduplicate,
-        shuffle=arguments.shuffle and arguments.embedded is None,
+        shuffle=not arguments.no_shuffle and arguments.embedded is None,
         shuffle_seed=arguments.shuffle_seed,
     )
     workers = available_cores() if arguments.workers is None else arguments.workers

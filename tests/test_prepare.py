@@ -110,6 +110,7 @@ def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert "Example:" in said
     assert "--validation_permille" in said
+    assert re.search(r"--no_shuffle +Keep the order of the inputs", said)
 
 
 def test_the_module_is_a_command(text: str, tmp_path: Path) -> None:
