@@ -442,8 +442,8 @@ class Batches:
             raise DataError(
                 f"source {source.name!r} at {source.url} has {starts[-1]} validation windows of "
                 f"{self.context} tokens, and needs at least {LEAST_VALIDATION_WINDOWS} to tell "
-                "over-fitting; prepare it again with a larger --validation_permille (it is "
-                f"{source.index.stamp.permille}), use more text or a shorter context"
+                f"over-fitting; prepare it again with a larger --{source.index.stamp.option} (it "
+                f"is {source.index.stamp.permille}), use more text or a shorter context"
             )
         return starts
 

@@ -6,6 +6,7 @@ The marks are the tokenizer's special ids; `<|im_start|>` in what somebody wrote
 model is trained on what the assistant says and on the `<|im_end|>` after it, and on nothing else.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -51,7 +52,8 @@ def conversation_of(record: Mapping[str, object], where: str) -> Conversation:
         if said is not None:
             if isinstance(said, dict) and all(isinstance(part, list) for part in said.values()):
                 # A table's column for each field: Hugging Face's Sequence of a dict.
-                said = [dict(zip(said, t, strict=True)) for t in zip(*said.values(), strict=False)]
+                rows = itertools.zip_longest(*said.values())
+                said = [dict(zip(said, row, strict=True)) for row in rows]
             if not isinstance(said, list):
                 raise DataError(f"{where}: {field!r} must be a list of turns, found {said!r:.80}")
             turns = tuple(_turn(turn, f"{where}: turn {n}") for n, turn in enumerate(said))

@@ -8,14 +8,11 @@ import re
 import unicodedata
 
 _LINE_END = re.compile(r"\r\n|[\r\x85\u2028\u2029]")
-_TRAILING = re.compile(r"[^\S\n]+$", re.MULTILINE)
+_TRAILING = re.compile(r"(?<![^\S\n])[^\S\n]+$", re.MULTILINE)  # else quadratic in long white space
 _BLANK_LINES = re.compile(r"\n{3,}")
-_START = re.compile(
-    r"^.*(\*\*\* ?START OF (THE|THIS) PROJECT GUTENBERG|\*END\*? ?THE SMALL PRINT).*$",
-    re.MULTILINE | re.IGNORECASE,
-)
-_END = re.compile(
-    r"^.*(\*\*\* ?END OF (THE|THIS) PROJECT GUTENBERG|END OF (THE |THIS )?PROJECT GUTENBERG).*$",
+_MARK = re.compile(
+    r"^.*(?:(?P<start>\*\*\* ?START OF (THE|THIS) PROJECT GUTENBERG|\*END\*? ?THE SMALL PRINT)"
+    r"|\*\*\* ?END OF (THE|THIS) PROJECT GUTENBERG|END OF (THE |THIS )?PROJECT GUTENBERG).*$",
     re.MULTILINE | re.IGNORECASE,
 )
 _NOTES = re.compile(
@@ -39,11 +36,18 @@ def words_in(text: str) -> int:
 
 def _once(text: str) -> str:
     text = unicodedata.normalize("NFC", _LINE_END.sub("\n", text))
-    start = _START.search(text)
-    if start is not None:
-        text = text[start.end() :]
-    end = _END.search(text)
-    if end is not None:
-        text = text[: end.start()]
-    text = _TRAILING.sub("", _NOTES.sub("", text))
+    text = _TRAILING.sub("", _NOTES.sub("", _books(text)))
     return _BLANK_LINES.sub("\n\n", text).strip("\n")
+
+
+def _books(text: str) -> str:
+    """What lies between the marks of Project Gutenberg: of one book, or of several in a row."""
+    books: list[str] = []
+    begin: int | None = 0
+    for mark in _MARK.finditer(text):
+        if mark["start"] is not None:  # what lay before was a header
+            begin = mark.end()
+        elif begin is not None:
+            books.append(text[begin : mark.start()])
+            begin = None
+    return "".join(books) + ("" if begin is None else text[begin:])

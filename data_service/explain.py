@@ -50,8 +50,8 @@ class ExplainArguments:
     """Steps are counted from 0."""
     sequence: int | None = None
     """One sequence of the global batch; all of them when not given."""
-    text: bool = True
-    """Decode the text of each sequence."""
+    no_text: bool = False
+    """Leave the text of each sequence out."""
     data: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """NAME=URL of a source that lies elsewhere now."""
     json: bool = False
@@ -66,13 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.run,
             arguments.step,
             sequence=arguments.sequence,
-            text_tokens=(None if arguments.json else _SHOWN_TOKENS) if arguments.text else 0,
+            text_tokens=(None if arguments.json else _SHOWN_TOKENS) if not arguments.no_text else 0,
             data=arguments.data,
         )
         if arguments.json:
             print(json.dumps(found))
         else:
-            _show(found, text=arguments.text)
+            _show(found, text=not arguments.no_text)
         return 0
 
     return run_command(

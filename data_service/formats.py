@@ -50,6 +50,7 @@ _LONGEST_RECORD = 1 << 28
 _BLANK_LINE = re.compile(rb"\n(?:[ \t\r]*\n)+")
 _ROWS_AT_ONCE = 1000
 _READ_BYTES = 1 << 16
+_END_OF_ARROW = b"\xff\xff\xff\xff\0\0\0\0"
 
 Record = tuple[str, Mapping[str, object]]
 """Where it is in its file, for errors, and its fields."""
@@ -118,7 +119,7 @@ def _lines_between(path: Path, lo: int, hi: int) -> Iterator[Record]:
         file.seek(start)
         at = start
         while at < end:
-            line = file.readline()
+            line = _line(file, path, at)
             if line.strip():
                 yield _record(line, path, at)
             at += len(line)
@@ -132,16 +133,18 @@ def _compressed_lines(path: Path, kind: str) -> Iterator[Record]:
     with opened(path) as file, _unpacked(file, path, kind) as lines:
         while True:
             try:
-                line = lines.readline()
+                line = _line(lines, path, at)
             except failures as error:
                 raise DataError(
                     f"{path}: damaged after {at} unpacked bytes ({error}); copy it here again"
                 ) from error
             if not line:
-                return
+                break
             if line.strip():
                 yield _record(line, path, at)
             at += len(line)
+        if not file.tell():  # packed, even nothing has some bytes
+            raise DataError(f"{path}: is empty; copy it here again")
 
 
 def _unpacked(file: BinaryIO, path: Path, kind: str) -> io.BufferedIOBase:
@@ -205,6 +208,9 @@ def _array_of_records(path: Path) -> Iterator[Record]:
                 is_open, at = True, _after_space(text, at + 1)
             while at < len(text):
                 if text[at] == "]":
+                    rest = text[at + 1 :].encode() + file.read(_READ_BYTES)
+                    if rest.strip():
+                        raise refusal()
                     return
                 if number and text[at] != ",":
                     raise refusal()
@@ -265,6 +271,11 @@ def _rows_of_arrow(path: Path, fields: frozenset[str]) -> Iterator[Record]:
                 for value in chosen.slice(lo, _ROWS_AT_ONCE).to_pylist():
                     yield f"row {row}", value
                     row += 1
+        file.seek(-len(_END_OF_ARROW), io.SEEK_END)
+        if file.read() != _END_OF_ARROW:  # the library takes a file cut between batches for whole
+            raise DataError(
+                f"{path}: ends after row {row} without its end mark; copy it here again"
+            )
 
 
 def _no_column(path: Path, names: str) -> str:
@@ -283,6 +294,10 @@ def _refused_if_damaged(path: Path) -> Iterator[None]:
     arrow = _extra("pyarrow", path)
     try:
         yield
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: holds text that is not UTF-8 ({error.reason}); convert it"
+        ) from None
     except (arrow.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [""])[0]
         raise DataError(f"{path}: cannot be read ({reason:.200}); copy it here again") from error
@@ -296,6 +311,16 @@ def _extra(module: str, path: Path) -> ModuleType:
             f"{path}: reading it needs {module}; "
             f'install it with `pip install "rangeflow[{_EXTRAS[module]}]"`'
         ) from None
+
+
+def _line(file: BinaryIO | io.BufferedIOBase, path: Path, at: int) -> bytes:
+    line = file.readline(_LONGEST_RECORD + 1)
+    if len(line) > _LONGEST_RECORD:
+        raise DataError(
+            f"{path}: the line at byte {at} is longer than {_LONGEST_RECORD} bytes; divide it, or "
+            "leave it out"
+        )
+    return line
 
 
 def _record(line: bytes, path: Path, at: int) -> Record:
@@ -316,7 +341,7 @@ def _line_cut(file: BinaryIO, at: int, size: int) -> int:
     if at <= 0 or at >= size:
         return max(0, min(at, size))
     file.seek(at - 1)
-    file.readline()
+    file.readline(_LONGEST_RECORD)  # a longer one is refused by the part that it begins in
     return file.tell()
 
 

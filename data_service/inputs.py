@@ -6,6 +6,7 @@ or a conversation.
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from data_service.formats import (
 )
 from storage.canonical import sha256_hex
 from storage.errors import ConfigurationError, DataError
+
+logger = logging.getLogger(__name__)
 
 Document = str | Conversation
 Format = Literal["auto", "text", "chat"]
@@ -75,6 +78,9 @@ class Corpus(Protocol):
     def spec(self) -> dict[str, object] | None:
         """JSON from which another process makes the same corpus; None when it cannot."""
 
+    def check_unchanged(self) -> None:
+        """Refuse an input that somebody wrote to since it was described in `inputs`."""
+
 
 class MemoryCorpus:
     """Named texts that are at hand; each is one document."""
@@ -99,6 +105,9 @@ class MemoryCorpus:
     def spec(self) -> dict[str, object] | None:
         return None
 
+    def check_unchanged(self) -> None:
+        pass
+
 
 class FileCorpus:
     """Files of text and of records, folders of them (by suffix, hidden ones left out), data sets.
@@ -121,6 +130,7 @@ class FileCorpus:
         self._text_field = text_field
         self._format = format
         self.tail_permille = tail_permille
+        self._states = [_state(path) for path in self._files]
         with ThreadPoolExecutor() as pool:  # hashing leaves the interpreter to others
             self.inputs: Sequence[Input] = tuple(pool.map(_described, self._files))
 
@@ -143,6 +153,14 @@ class FileCorpus:
             "format": self._format,
             "tail_permille": self.tail_permille,
         }
+
+    def check_unchanged(self) -> None:
+        for path, state in zip(self._files, self._states, strict=True):
+            if _state(path) != state:
+                raise DataError(
+                    f"{path}: was written to while it was prepared; run the same command again "
+                    "when that is over, and it sees whether the text is another"
+                )
 
     def units(self, unit_bytes: int) -> list[list[Part]]:
         tail = self._tail()
@@ -245,29 +263,52 @@ def _whole(text: str) -> str:
 
 
 def _files_of(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"{path}: there is no such file or folder")
-    if (path / "dataset_dict.json").is_file():
-        raise DataError(
-            f"{path}: holds several splits; name the folder of one, such as {path}/train"
-        )
-    if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
-        return _files_of_data_set(path)
-    found = [
-        file
-        for file in sorted(path.rglob("*"), key=lambda file: file.relative_to(path).as_posix())
-        if file.name.lower().endswith((*TEXT_SUFFIXES, *RECORD_SUFFIXES))
-        and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        and file.is_file()
-    ]
+    try:
+        if path.is_file():
+            return [path]
+        if not path.is_dir():
+            raise DataError(f"{path}: there is no such file or folder")
+        if (path / "dataset_dict.json").is_file():
+            raise DataError(
+                f"{path}: holds several splits; name the folder of one, such as {path}/train"
+            )
+        if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+            return _files_of_data_set(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    found, others = list[Path](), list[Path]()
+    for file in sorted(_files_below(path), key=lambda file: file.relative_to(path).as_posix()):
+        is_read = file.name.lower().endswith((*TEXT_SUFFIXES, *RECORD_SUFFIXES))
+        (found if is_read else others).append(file)
     if not found:
         raise DataError(
             f"{path}: no text in this folder (looked for .txt, .md, .py, .jsonl, .parquet and "
             "such); name the files themselves if they end otherwise"
         )
+    if others:
+        logger.warning("%s: left out %d files of other kinds, as %s", path, len(others), others[0])
     return found
+
+
+def _files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[Path]:
+    """Files and links, hidden ones left out; a link to a folder is one, unless it leads back."""
+    try:
+        status = folder.stat()
+        here = (status.st_dev, status.st_ino)
+        entries = [(entry, entry.is_dir()) for entry in folder.iterdir() if here not in above]
+    except OSError as error:
+        raise _unreadable(folder, error) from error
+    for entry, is_folder in entries:
+        if entry.name.startswith("."):
+            continue
+        if is_folder:
+            yield from _files_below(entry, above | {here})
+        elif entry.is_file() or entry.is_symlink():  # one that leads nowhere fails when opened
+            yield entry
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read ({error.strerror}); leave it out")
 
 
 def _files_of_data_set(path: Path) -> list[Path]:
@@ -290,11 +331,26 @@ def _files_of_data_set(path: Path) -> list[Path]:
     return files
 
 
+def _state(path: Path) -> tuple[int, int]:
+    """What a file's system says of its last change."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return status.st_size, status.st_mtime_ns
+
+
 def _described(path: Path) -> Input:
     with opened(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = file.tell()
-    return Input(path=path.resolve().as_posix(), size_bytes=size, sha256=digest)
+    # Of a link its own name, not that of what it leads to: the suffix says how a file is read.
+    named = (path.parent.resolve() / path.name).as_posix()
+    try:
+        named.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{named!r}: the name of this file is not UTF-8; rename it") from None
+    return Input(path=named, size_bytes=size, sha256=digest)
 
 
 def _grouped(parts: Sequence[Part], unit_bytes: int) -> list[list[Part]]:

@@ -31,10 +31,10 @@ from data_service.tasks import (
     entries_of,
     spill_folder,
 )
-from data_service.tokenizer import Tokenizer
+from data_service.tokenizer import CharacterTokenizer, Tokenizer
 from data_service.validation_split import ValidationStamp
 from data_service.workers import Workers
-from storage.errors import ConfigurationError, DataError
+from storage.errors import ConfigurationError, DataError, IntegrityError
 from storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,6 @@ def prepare(
     announce("prepare:ledger")
     index = _finished_index(store)
     if index is None or not all(are_there(store, index.shards(split)) for split in SPLITS):
-        bytes_per_token = _BYTES_PER_TOKEN.get(tokenizer.name, 1.0)
         job = Job(
             corpus=corpus,
             store=store,
@@ -103,11 +102,12 @@ def prepare(
             stamp=stamp,
             recipe=recipe,
             binding=ledger.binding,
-            unit_bytes=max(1, int(0.9 * recipe.shard_tokens * bytes_per_token)),
+            unit_bytes=_unit_bytes(recipe, tokenizer.name),
         )
         units = corpus.units(job.unit_bytes)
         with _performing(job, min(workers, len(units)), announce) as perform:
             index = _Stages(job, units, perform, advance).index()
+        corpus.check_unchanged()
         announce("prepare:index")
         write_index(store, index)
         announce("prepare:done")
@@ -120,8 +120,11 @@ def prepare(
 
 
 def texts_of(corpus: Corpus, recipe: Recipe) -> Iterator[str]:
-    """All text of a corpus, as the recipe leaves it: for tokenizers that are made from it."""
-    for parts in corpus.units(recipe.shard_tokens):
+    """All text of a corpus, as the recipe leaves it: for tokenizers that are made from it.
+
+    Cut as for a tokenizer of characters, which must know all that is left of each part.
+    """
+    for parts in corpus.units(_unit_bytes(recipe, CharacterTokenizer.name)):
         for part in parts:
             for document in corpus.documents(part):
                 kept = kept_document(document, recipe)
@@ -134,6 +137,10 @@ def texts_of(corpus: Corpus, recipe: Recipe) -> Iterator[str]:
 def passes_of(recipe: Recipe) -> int:
     """How often a preparation goes over its text: `advance` hears of all its bytes as often."""
     return 1 + recipe.deduplicate + recipe.shuffle
+
+
+def _unit_bytes(recipe: Recipe, tokenizer: str) -> int:
+    return max(1, int(0.9 * recipe.shard_tokens * _BYTES_PER_TOKEN.get(tokenizer, 1.0)))
 
 
 @contextlib.contextmanager
@@ -262,6 +269,9 @@ def _finished_index(store: Store) -> SourceIndex | None:
         return read_index(store, where=store.url)
     except FileNotFoundError:
         return None
+    except (ConfigurationError, IntegrityError) as error:
+        logger.warning("%s; it is made again", error)
+        return None
 
 
 def _checked(index: SourceIndex, where: str) -> SourceIndex:
@@ -273,9 +283,10 @@ def _checked(index: SourceIndex, where: str) -> SourceIndex:
     if held_out < _WINDOWS_TO_WARN:
         logger.warning(
             "%s: only %d tokens are held out for validation, and training needs ten windows of "
-            "the context; a larger --validation_permille (now %d) or more text gives more",
+            "the context; a larger --%s (now %d) or more text gives more",
             where,
             held_out,
+            index.stamp.option,
             index.stamp.permille,
         )
     return index

@@ -8,9 +8,11 @@ a store or network failed and trying again may help.
 import contextlib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -71,8 +73,9 @@ class PrepareArguments:
     """Held-out text, in thousandths; the same for all sources of a run. Default 10, embedded 50."""
     validation_tail: int | None = None
     """Hold out the end of the inputs instead, so many thousandths of them: "90/10 in order"."""
-    shuffle: bool = True
-    """Spread the documents over all shards. Inputs that lie in memory (--embedded) keep order."""
+    no_shuffle: bool = False
+    """Keep the order of the inputs instead of spreading the documents over all shards; --embedded
+    keeps it anyway."""
     shuffle_seed: int = 0
     """Another number gives another order."""
     deduplicate: bool = False
@@ -128,6 +131,7 @@ def _prepare(arguments: PrepareArguments, announce: Callable[[str], None]) -> So
         )
     if arguments.validation_tail is not None:
         ValidationStamp.by_position(arguments.validation_tail)
+    _refuse_inputs_around(arguments.out, arguments.inputs)
     corpus: Corpus
     permille = VALIDATION_PERMILLE
     if arguments.embedded is not None:
@@ -148,7 +152,7 @@ def _prepare(arguments: PrepareArguments, announce: Callable[[str], None]) -> So
         min_words=arguments.min_words,
         max_words=arguments.max_words,
         deduplicate=arguments.deduplicate,
-        shuffle=arguments.shuffle and arguments.embedded is None,
+        shuffle=not arguments.no_shuffle and arguments.embedded is None,
         shuffle_seed=arguments.shuffle_seed,
     )
     workers = available_cores() if arguments.workers is None else arguments.workers
@@ -166,6 +170,22 @@ def _prepare(arguments: PrepareArguments, announce: Callable[[str], None]) -> So
             announce=announce,
             advance=progress.advance,
         )
+
+
+def _refuse_inputs_around(out: str, inputs: Sequence[str]) -> None:
+    """A ledger is .json files, which a folder's reader takes for records."""
+    index = open_store(out).local_path("index.json")
+    if index is None:
+        return
+    for path in inputs:
+        place, folder = Path(os.path.realpath(index.parent)), os.path.realpath(path)
+        if place.is_relative_to(folder) and not any(
+            part.startswith(".") for part in place.relative_to(folder).parts
+        ):
+            raise ConfigurationError(
+                f"--out {out} lies in the input {path}: the next start would read what this one "
+                "writes; give it a place outside"
+            )
 
 
 def _tokenizer(arguments: PrepareArguments, corpus: Corpus, recipe: Recipe) -> Tokenizer:

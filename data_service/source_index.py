@@ -133,7 +133,7 @@ def entry_from_json(value: object, *, where: str) -> ShardEntry:
 def _parsed(data: bytes, where: str) -> dict[str, object]:
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: {INDEX_KEY} is not JSON ({error}); prepare it again") from None
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         found = value.get("format") if isinstance(value, dict) else type(value).__name__

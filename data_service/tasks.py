@@ -8,6 +8,7 @@ a batch that is there is not done again.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -196,7 +197,8 @@ class Tasks:
 
     def _find_duplicates(self, task: Task) -> Record:
         notes = [(unit, key) for unit, key in task.known["notes"]]
-        found = find_duplicates(self._work, notes, task.number, task.known["units"])
+        with _written_before(self._work):
+            found = find_duplicates(self._work, notes, task.number, task.known["units"])
         return self._put_object(f"{self._folder}duplicates-{task.number:05d}", found)
 
     def _write(
@@ -232,13 +234,8 @@ class Tasks:
         train = task.known["buckets"]["train"]
         split = "train" if task.number < train else "validation"
         dtype = dtype_for(self._tokenizer.vocab_size)
-        try:
+        with _written_before(self._work):
             documents = read_bucket(self._work, task.known["spills"], task.number, dtype)
-        except FileNotFoundError:
-            raise StoreUnavailableError(
-                f"{self._work.url}: what was spilled there is gone, as when another preparation of "
-                "the same place ends; run the same command again"
-            ) from None
         number = task.number - (train if split == "validation" else 0)
         return {split: self._shards(split, number, 0, documents)}
 
@@ -274,7 +271,8 @@ class Tasks:
         """The documents of a task's parts, cleaned; those that are left out are dropped."""
         late: frozenset[int] = frozenset()
         if task.stage == "unit" and self._recipe.deduplicate:
-            late = duplicates_in(self._work, task.known["duplicates"], task.number)
+            with _written_before(self._work):
+                late = duplicates_in(self._work, task.known["duplicates"], task.number)
         documents = ((part, d) for part in task.parts for d in self._corpus.documents(part))
         for ordinal, (part, document) in enumerate(documents):
             kept = None if ordinal in late else kept_document(document, self._recipe)
@@ -322,6 +320,18 @@ def entries_of(record: Mapping[str, Any], split: str) -> list[ShardEntry]:
 def spill_folder(binding: str) -> str:
     """Where a preparation keeps what it needs on the way, in its work place."""
     return f"spill/{binding[:16]}/"
+
+
+@contextmanager
+def _written_before(work: Store) -> Iterator[None]:
+    """For reading what an earlier stage wrote."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise StoreUnavailableError(
+            f"{work.url}: what was written there on the way is gone, as when another preparation "
+            "of the same place ends; run the same command again"
+        ) from None
 
 
 def _characters(document: Document | None) -> int:

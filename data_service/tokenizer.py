@@ -7,7 +7,7 @@ after all others, the end of text first.
 """
 
 import base64
-import binascii
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
@@ -27,6 +27,10 @@ TOKENIZER_NAMES = ("bytes", "bytes-chat", "characters", "gpt2", "gpt2-chat", "bp
 WORD_PATTERN = (
     r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 )
+
+_LONGEST_SPACE = 900_000
+_LONG_SPACE = re.compile(rf"(?<!\s)\s{{{_LONGEST_SPACE},}}")
+"""tiktoken's regular expressions give up in a million of white space, and end the process."""
 
 Ids = npt.NDArray[np.int64]
 
@@ -262,13 +266,21 @@ def _merged(written: object) -> list[bytes]:
     try:
         if isinstance(written, str):
             return [base64.b64decode(token, validate=True) for token in written.split()]
-    except binascii.Error:
+    except ValueError:  # binascii's error, or a letter that is not ASCII
         pass
     raise DataError("a bpe tokenizer's spec must hold its `merged` tokens in base64")
 
 
 def _encoded(encoding: tiktoken.Encoding, text: str) -> Ids:
-    return np.array(encoding.encode_ordinary(text), dtype=np.int64)
+    if len(text) < _LONGEST_SPACE:
+        return np.array(encoding.encode_ordinary(text), dtype=np.int64)
+    ids: list[int] = []
+    at = 0
+    for run in _LONG_SPACE.finditer(text):
+        for cut in range(run.start() + _LONGEST_SPACE, run.end(), _LONGEST_SPACE):
+            ids += encoding.encode_ordinary(text[at:cut])
+            at = cut
+    return np.array(ids + encoding.encode_ordinary(text[at:]), dtype=np.int64)
 
 
 def _decoded(

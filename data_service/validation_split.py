@@ -5,8 +5,10 @@ every source with the same stamp, also in one added later. A document of more th
 blank lines into pieces that are decided one by one; the cuts depend on the text around them only,
 so a long text with another head or tail is cut as before once the two agree.
 A conversation is never cut: its whole rendered text decides.
-Does not cover: a paragraph that occurs inside two otherwise different pieces; and, where the stamp
-says that the end of the inputs is held out (`position-1`), what occurs in the end and before it.
+Does not cover: a paragraph that occurs inside two otherwise different pieces; a text of more than
+4 KB that is wrapped into other lines, or whose paragraphs of about 4 KB are so in one spelling and
+longer in another; and, where the stamp says that the end of the inputs is held out (`position-1`),
+what occurs in the end and before it.
 """
 
 import hashlib
@@ -43,8 +45,8 @@ class ValidationStamp:
     def __post_init__(self) -> None:
         if not 1 <= self.permille <= 500:
             raise ConfigurationError(
-                f"validation_permille must be from 1 to 500, got {self.permille}; "
-                "10 holds out one document in a hundred"
+                f"{self.option} must be from 1 to 500, got {self.permille}; "
+                "10 holds out one part in a hundred"
             )
 
     def to_json(self) -> dict[str, object]:
@@ -56,6 +58,11 @@ class ValidationStamp:
         return ValidationStamp(
             permille=permille, rule=POSITION_RULE, normalisation="", hash="", piece_bytes=0
         )
+
+    @property
+    def option(self) -> str:
+        """What one tells `prepare` to have more or less of it."""
+        return "validation_tail" if self.is_by_position else "validation_permille"
 
     @property
     def is_by_position(self) -> bool:

@@ -84,7 +84,7 @@ def test_a_size_that_makes_no_sense_is_refused(size: int) -> None:
         trained_bpe(["a"], size)
 
 
-@pytest.mark.parametrize("merged", [None, "YWI= YWI=", "YQ==", "not base64!", 5])
+@pytest.mark.parametrize("merged", [None, "YWI= YWI=", "YQ==", "not base64!", "é", 5])
 def test_a_damaged_spec_is_refused(merged: object) -> None:
     with pytest.raises(DataError, match="a bpe tokenizer's"):
         tokenizer_from_spec({"kind": "bpe", "merged": merged})

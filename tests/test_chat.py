@@ -87,6 +87,7 @@ def test_marks_in_what_somebody_wrote_stay_text() -> None:
         ({"conversations": "hello"}, "x: 'conversations' must be a list of turns"),
         ({"messages": [{"role": "user"}]}, "x: turn 0: expected {from, value} or {role, content}"),
         ({"messages": ["hello"]}, "x: turn 0: expected"),
+        ({"messages": {"role": ["user"] * 2, "content": ["a"]}}, "x: turn 1: expected"),
         ({"messages": [{"role": "cat", "content": "m"}]}, "'cat' is no known speaker"),
         ({"instruction": "a", "output": 5}, "x: 'output' must be text, found 5"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import data_service.formats
 from data_service.formats import kind_of, records_between, row_groups
 from data_service.inputs import Document, FileCorpus
 from storage.errors import ConfigurationError, DataError
@@ -166,3 +167,63 @@ def test_an_array_that_is_none_is_refused(data: str, message: str, tmp_path: Pat
 def test_an_empty_array_has_no_records(data: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(data)
     assert texts(FileCorpus([tmp_path / "a.json"]), 10**6) == []
+
+
+@pytest.mark.parametrize("rest", ['[{"text": "y"}]', "junk", "\n]", '\n\n{"text": "y"}'])
+def test_what_comes_behind_an_array_is_refused_and_not_left_out(rest: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"text": "x"}]' + rest)
+    with pytest.raises(DataError, match="is not one from record 1 on"):
+        texts(FileCorpus([tmp_path / "a.json"]), 10**6)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst"])
+def test_a_packed_file_of_no_bytes_is_refused(name: str, tmp_path: Path) -> None:
+    if name.endswith("zst"):
+        pytest.importorskip("zstandard")
+    (tmp_path / name).write_bytes(b"")
+    with pytest.raises(DataError, match="is empty; copy it here again"):
+        texts(FileCorpus([tmp_path]), 10**6)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_line_longer_than_a_record_may_be_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_service.formats, "_LONGEST_RECORD", 200)
+    lines = b'{"text": "x"}\n' * 9 + b'{"text": "%s"}\n' % (b"y" * 300) + b'{"text": "z"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    for unit_bytes in (20, 10**6):
+        with pytest.raises(DataError, match="the line at byte 126 is longer than 200 bytes"):
+            texts(FileCorpus([tmp_path / name]), unit_bytes)
+
+
+def write_arrow(path: Path, values: Any) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    table = arrow.table({"text": values})
+    with arrow.OSFile(str(path), "wb") as file, arrow.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+
+
+def test_an_arrow_file_cut_between_its_batches_is_refused(tmp_path: Path) -> None:
+    path, shorter = tmp_path / "a.arrow", tmp_path / "b.arrow"
+    chunks = pytest.importorskip("pyarrow").chunked_array
+    write_arrow(path, chunks([["x"] * 10] * 5))
+    write_arrow(shorter, chunks([["x"] * 10] * 3))
+    assert len(texts(FileCorpus([path]), 10**6)) == 50
+    path.write_bytes(path.read_bytes()[: shorter.stat().st_size - 8])
+    with pytest.raises(DataError, match=r"a\.arrow: ends after row 30 without its end mark"):
+        texts(FileCorpus([path]), 10**6)
+
+
+@pytest.mark.parametrize("name", ["a.arrow", "a.parquet"])
+def test_a_column_that_is_not_utf8_is_refused(name: str, tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    values = arrow.array([b"ok", b"\xff"]).view(arrow.binary())
+    text = arrow.Array.from_buffers(arrow.string(), 2, values.buffers())
+    if name.endswith("arrow"):
+        write_arrow(tmp_path / name, text)
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(arrow.table({"text": text}), tmp_path / name)
+    with pytest.raises(DataError, match=f"{name}: holds text that is not UTF-8"):
+        texts(FileCorpus([tmp_path / name]), 10**6)

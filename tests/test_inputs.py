@@ -1,7 +1,9 @@
 """Inputs: each document once however the work is cut, and clear words for what cannot be read."""
 
+import errno
 import gzip
 import json
+import os
 import random
 from pathlib import Path
 
@@ -47,11 +49,14 @@ def test_units_are_of_about_the_asked_size(tmp_path: Path) -> None:
     ]
 
 
-def test_a_folder_is_read_in_order_of_names_and_by_suffix(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_order_of_names_and_by_suffix(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("b.txt", "a/z.md", "a/.hidden.txt", ".git/x.txt", "c.png", "a.JSONL"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text('{"text": "json"}' if name.endswith("L") else name)
     assert texts(FileCorpus([tmp_path]), 10) == ["json", "a/z.md", "b.txt"]
+    assert f"left out 1 files of other kinds, as {tmp_path / 'c.png'}" in caplog.text
 
 
 def test_a_file_named_itself_is_read_whatever_its_suffix(tmp_path: Path) -> None:
@@ -92,6 +97,8 @@ def test_nothing_to_read_is_said(tmp_path: Path) -> None:
         FileCorpus([])
     with pytest.raises(DataError, match="there is no such file or folder"):
         FileCorpus([tmp_path / "nowhere"])
+    with pytest.raises(DataError, match=r"cannot be read \(File name too long"):
+        FileCorpus(["x" * 300])
     with pytest.raises(DataError, match="no text in this folder"):
         FileCorpus([tmp_path])
 
@@ -190,6 +197,45 @@ def test_half_a_surrogate_pair_in_a_conversation_becomes_a_replacement(tmp_path:
     (tmp_path / "a.jsonl").write_text('{"instruction": "a\\ud83db", "output": "c"}')
     ((question, _),) = texts(FileCorpus([tmp_path]), 10**6)
     assert question == Turn("user", "a\ufffdb")
+
+
+def test_links_to_folders_are_folders_and_those_that_lead_back_end(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "b.txt").write_text("b")
+    (tmp_path / "in" / "a.txt").write_text("a")
+    (tmp_path / "in" / "link").symlink_to("../other")
+    (tmp_path / "in" / "back").symlink_to(".")
+    assert texts(FileCorpus([tmp_path / "in"]), 1) == ["a", "b"]
+
+
+def test_what_cannot_be_read_in_a_folder_is_said_and_not_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "b.txt").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"b\.txt: cannot be read \(No such file"):
+        FileCorpus([tmp_path])
+    (tmp_path / "b.txt").unlink()
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text("c")
+    with pytest.raises(DataError, match=r"the name of this file is not UTF-8; rename it"):
+        FileCorpus([tmp_path])
+
+    def refuse(path: Path) -> None:  # root may read what it has forbidden
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match=r"cannot be read \(Permission denied\); leave it out"):
+        FileCorpus([tmp_path])
+
+
+def test_a_link_is_read_as_its_own_name_says_by_workers_too(tmp_path: Path) -> None:
+    """Hugging Face's hub keeps files as links to blobs without a suffix."""
+    (tmp_path / "blob").write_text('{"text": "x"}\n')
+    (tmp_path / "a.jsonl").symlink_to("blob")
+    corpus = FileCorpus([tmp_path / "a.jsonl"])
+    for same in (corpus, FileCorpus.from_spec(json.loads(json.dumps(corpus.spec())))):
+        assert texts(same, 10**6) == ["x"]
 
 
 def test_a_corpus_comes_back_from_its_spec(tmp_path: Path) -> None:

@@ -251,6 +251,27 @@ def test_a_changed_input_is_refused(tmp_path: Path) -> None:
         prepare(FileCorpus([tmp_path / "a.txt"]), store, make_tokenizer("bytes"), **OPTIONS)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("change", ["append", "replace", "remove"])
+def test_an_input_that_changes_meanwhile_is_refused(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text(prose(1, 90))
+    store = open_store(str(tmp_path / "out"))
+
+    def write(phase: str) -> None:
+        if phase == "prepare:ledger" and change == "append":
+            path.write_text(prose(1, 90) + "more")
+        elif phase == "prepare:unit" and change == "replace":
+            (tmp_path / "new.txt").write_text(prose(2, 90))
+            (tmp_path / "new.txt").rename(path)
+        elif phase == "prepare:unit":
+            path.unlink(missing_ok=True)
+
+    corpus = FileCorpus([path])
+    with pytest.raises(DataError, match=r"a\.txt: (was written to while|cannot be read)"):
+        prepare(corpus, store, make_tokenizer("bytes"), shard_tokens=10**6, announce=write)
+    assert "index.json" not in store.list("")
+
+
 def test_a_folder_with_other_things_is_not_written_to(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(ConfigurationError, match="is not empty and holds no preparation"):
@@ -356,7 +377,9 @@ def test_memory_stays_below_a_limit_that_the_input_exceeds(tmp_path: Path) -> No
     assert "MemoryError" in limited(READS, str(path)).stderr
 
 
-def test_the_tail_is_held_out_in_order_and_the_stamp_says_so(tmp_path: Path) -> None:
+def test_the_tail_is_held_out_in_order_and_the_stamp_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """As nanoGPT and the from-scratch course divide tiny Shakespeare: 90/10 in order."""
     text = "".join(prose(number, 40) for number in range(9))
     (tmp_path / "a.txt").write_text(text)
@@ -364,6 +387,7 @@ def test_the_tail_is_held_out_in_order_and_the_stamp_says_so(tmp_path: Path) -> 
     tokenizer = CharacterTokenizer.of_texts([text])
     index = prepare(corpus, open_store(str(tmp_path / "out")), tokenizer)
     assert index.stamp == ValidationStamp.by_position(100)
+    assert "a larger --validation_tail (now 100) or more text" in caplog.text
     source = open_source("a", str(tmp_path / "out"))
     assert documents(source, "train") == [text[: int(0.9 * len(text)) + 1]]
     assert documents(source, "validation") == [text[int(0.9 * len(text)) + 1 :]]
@@ -412,6 +436,24 @@ def test_a_shard_that_was_lost_after_a_shuffle_is_made_again(tmp_path: Path) -> 
     assert objects(tmp_path) == before
 
 
+@pytest.mark.parametrize("lost", ["train-", "validation-", "index.json"])
+def test_preparing_again_makes_a_lost_table_and_a_torn_index_again(
+    lost: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Opening a source says "prepare the source again" of them: that must help."""
+    store = open_store(str(tmp_path))
+    index = prepare(CORPUS, store, make_tokenizer("bytes"), **OPTIONS)  # type: ignore[arg-type]
+    before = objects(tmp_path)
+    key = next(key for key in before if key.startswith(lost) and not key.endswith(".npy"))
+    if key == "index.json":
+        store.put(key, before[key][:-9])
+    else:
+        store.delete(key)
+    assert prepare(CORPUS, store, make_tokenizer("bytes"), **OPTIONS) == index  # type: ignore[arg-type]
+    assert objects(tmp_path) == before
+    assert "it is made again" in caplog.text
+
+
 def test_no_workers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="workers must be at least 1, got 0"):
         prepare(CORPUS, open_store(str(tmp_path)), make_tokenizer("bytes"), workers=0)
@@ -427,16 +469,19 @@ def test_the_embedded_kind_of_source_is_frozen(tmp_path: Path) -> None:
     assert digest.hexdigest()[:16] == "e45f2954f3e4c2e1"
 
 
-def test_spilled_documents_that_are_gone_are_said_and_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", ["bucket", "hashes-done", "duplicates-done"])
+def test_what_was_written_on_the_way_and_is_gone_is_said_and_made_again(
+    stage: str, tmp_path: Path
+) -> None:
     store = open_store(str(tmp_path))
-    recipe = Recipe(shard_tokens=9_000, shuffle=True)
+    recipe = Recipe(shard_tokens=9_000, shuffle=True, deduplicate=True)
 
     def take_away(phase: str) -> None:
-        if phase == "prepare:bucket":
+        if phase == f"prepare:{stage}":
             for key in store.list("spill/"):
                 store.delete(key)
 
-    with pytest.raises(StoreUnavailableError, match="what was spilled there is gone"):
+    with pytest.raises(StoreUnavailableError, match="what was written there on the way is"):
         prepare(CORPUS, store, make_tokenizer("bytes"), recipe=recipe, announce=take_away)
     index = prepare(CORPUS, store, make_tokenizer("bytes"), recipe=recipe)
     whole = prepare(CORPUS, open_store("memory://whole"), make_tokenizer("bytes"), recipe=recipe)

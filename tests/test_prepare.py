@@ -59,6 +59,7 @@ def test_json_lines_with_another_field(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["/nowhere", "--out", "OUT"], "error: /nowhere: there is no such file or folder"),
+        (["x" * 300, "--out", "OUT"], r"error: x+: cannot be read \(File name too long"),
         (["--out", "OUT"], "error: name what to prepare"),
         (["TEXT", "--embedded", "python", "--out", "OUT"], "error: name what to prepare"),
         (["TEXT"], "error: .*--out"),
@@ -67,7 +68,7 @@ def test_json_lines_with_another_field(tmp_path: Path) -> None:
         (["TEXT", "--out", "OUT", "--shard_tokens", "0"], "error: shard_tokens must be at least"),
         (["TEXT", "--out", "OUT", "--validation_permille", "0"], "error: validation_permille must"),
         (["TEXT", "--out", "nosuch://place"], "error: .*nosuch"),
-        (["TEXT", "--out", "OUT", "--validation_tail", "0"], "error: validation_permille must"),
+        (["TEXT", "--out", "OUT", "--validation_tail", "0"], "error: validation_tail must"),
         (
             ["TEXT", "--out", "OUT", "--validation_tail", "9", "--validation_permille", "9"],
             "error: --validation_tail says where",
@@ -77,6 +78,8 @@ def test_json_lines_with_another_field(tmp_path: Path) -> None:
         (["TEXT", "--out", "OUT", "--workers", "0"], "error: workers must be at least 1"),
         (["TEXT", "--out", "OUT", "--max_words", "0"], "error: max_words must be at least 1"),
         (["TEXT", "--out", "OUT", "--tokenizer_of", "/nowhere"], "error: .*there is no data here"),
+        (["FOLDER", "--out", "OUT"], r"error: --out .*/out lies in the input .* outside"),
+        (["FOLDER", "--out", "FOLDER"], "error: --out .* lies in the input"),
     ],
 )
 def test_a_mistake_is_one_line_and_78(
@@ -86,7 +89,7 @@ def test_a_mistake_is_one_line_and_78(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    values = {"TEXT": text, "OUT": str(tmp_path / "out")}
+    values = {"TEXT": text, "OUT": str(tmp_path / "out"), "FOLDER": str(tmp_path)}
     assert main([values.get(argument, argument) for argument in arguments]) == 78
     said = capsys.readouterr()
     assert said.out == ""
@@ -94,11 +97,20 @@ def test_a_mistake_is_one_line_and_78(
     assert re.search(message, said.err)
 
 
+def test_a_hidden_place_in_the_input_is_not_read_and_may_be_given(
+    text: str, tmp_path: Path
+) -> None:
+    out = str(tmp_path / ".tokens" / "a")
+    for _ in range(2):
+        assert main([str(tmp_path), "--out", out, "--workers", "1"]) == 0
+
+
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     said = capsys.readouterr().out
     assert "Example:" in said
     assert "--validation_permille" in said
+    assert re.search(r"--no_shuffle +Keep the order of the inputs", said)
 
 
 def test_the_module_is_a_command(text: str, tmp_path: Path) -> None:
@@ -123,6 +135,15 @@ def test_the_options_of_cleaning_and_chat_reach_the_source(tmp_path: Path) -> No
     assert sum(whole.count(f"a\nb {n}<|endoftext|>") for n in range(9)) == 9
     assert "one" not in whole
     assert "\r" not in whole
+
+
+def test_characters_are_those_of_the_parts_that_are_kept(tmp_path: Path) -> None:
+    """A long text is cut into parts, and how it is cut decides which of them are left out."""
+    parts = [chr(0x4E00 + n) + " w" * (17 * n % 300) for n in range(60)]
+    (tmp_path / "a.txt").write_text("\n\n".join(parts))
+    arguments = [str(tmp_path / "a.txt"), "--out", str(tmp_path / "out"), "--tokenizer", "chars"]
+    options = ["--shard_tokens", "4000", "--max_words", "1700", "--workers", "1"]
+    assert main([*arguments, *options]) == 0
 
 
 def test_order_is_kept_where_asked(tmp_path: Path) -> None:

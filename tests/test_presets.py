@@ -3,6 +3,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from torch.distributed.run import get_args_parser
 
 from data_service.plan import parse_weights_flag
 from data_service.shares import shares_of_steps
@@ -114,7 +115,10 @@ def test_the_commands_of_the_recipes_are_right() -> None:
     """Each recipe is trained by a command in `docs/recipes.md` that is taken as it stands."""
     text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
     commands = [shlex.split(line) for line in text.splitlines() if line.startswith("torchrun")]
-    configs = [parse_config(words[words.index("launch/train.py") + 1 :]) for words in commands]
+    # torchrun's own parser: that of Python 3.11 takes a `--run` for its `--run-path`
+    asked = [get_args_parser().parse_args(words[1:]) for words in commands]
+    assert {torchrun.training_script for torchrun in asked} == {"launch/train.py"}
+    configs = [parse_config(torchrun.training_script_args) for torchrun in asked]
     assert {config.preset for config in configs if config} == {
         name for name in PRESETS if "weights" in PRESETS[name]
     }

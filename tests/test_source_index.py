@@ -81,7 +81,7 @@ def test_a_bad_index_is_refused(
         read_index(store, where="source 'x'")
 
 
-@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"3", b"\xff"])
+@pytest.mark.parametrize("data", [b"", b"{", b"[1]", b"3", b"\xff", b"[" * 10**5])
 def test_what_is_no_json_object_is_refused(store: Store, data: bytes) -> None:
     store.put("index.json", data)
     with pytest.raises(DataError, match=r"is not JSON|must say format"):

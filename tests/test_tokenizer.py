@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_service.tokenizer import (
+    BpeTokenizer,
     ByteTokenizer,
     CharacterTokenizer,
     Gpt2Tokenizer,
@@ -143,6 +144,14 @@ def test_chat_tokenizers_have_two_more_ids_and_the_same_others(
     assert chat.fingerprint != plain.fingerprint
     assert tokenizer_from_spec(chat.spec()).fingerprint == chat.fingerprint
     assert plain.chat_ids is None
+
+
+@pytest.mark.parametrize("space", [" ", "\n"])
+def test_white_space_longer_than_its_expressions_can_match_is_encoded(space: str) -> None:
+    text = "a" + space * 1_100_000 + "b"
+    tokenizer = BpeTokenizer([])
+    assert tokenizer.encode(text).tolist() == list(text.encode())
+    assert tokenizer.encode(text[:900]).tolist() == list(text[:900].encode())
 
 
 def test_gpt2_with_chat_fits_the_padded_vocabulary() -> None:

@@ -2,6 +2,9 @@
 
 import json
 import random
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,7 @@ from data_service.recipe import Recipe
 from data_service.shard_format import npy_bytes
 from data_service.shard_writer import encoded, write_shards
 from data_service.source import open_source
-from data_service.source_index import SourceIndex, write_index
+from data_service.source_index import ShardEntry, SourceIndex, write_index
 from data_service.tokenizer import make_tokenizer
 from data_service.validation_split import ValidationStamp, split_document
 from data_service.verify import main, verified
@@ -180,6 +183,58 @@ def test_ends_that_are_not_where_documents_end_are_named(tmp_path: Path) -> None
     change_first_shard(url, ends_sha256=sha256_hex(wrong))
     with pytest.raises(DataError, match="the documents' ends is not what the index says"):
         verified([open_source("s", url)])
+
+
+def with_object(url: str, key: str, array: np.ndarray, **changes: object) -> None:
+    """Another object of the first training shard, named by the index."""
+    kind = {"ends": "ends_", "mask": "mask_"}.get(key.split(".")[-2], "")
+    data = npy_bytes(array)
+    open_store(url).put(key, data)
+    changes |= {f"{kind}bytes": len(data), f"{kind}sha256": sha256_hex(data)}
+    change_first_shard(url, **changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda url, e: change_first_shard(url, documents=3), "the number of documents is not"),
+        (
+            lambda url, e: with_object(url, e.tokens_key, np.array([97, 256, 300, 256], "<u2")),
+            "an id is not what the index says",
+        ),
+        (
+            lambda url, e: with_object(url, e.mask_key, np.zeros(2, "u1")),
+            "the length of the mask is not",
+        ),
+    ],
+)
+def test_what_the_index_says_wrongly_is_named(
+    change: Callable[[str, ShardEntry], None], message: str, tmp_path: Path
+) -> None:
+    url = write_documents(tmp_path / "s", ["a", "b"], ["c"], ValidationStamp.by_position(100))
+    change(url, open_source("s", url).index.train[0])
+    with pytest.raises(DataError, match=message):
+        verified([open_source("s", url)])
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_document_without_an_end_is_named(is_last: bool, tmp_path: Path) -> None:
+    """The end may lie in the next shard of the same unit, and nowhere else."""
+    url = write_documents(tmp_path / "s", ["a"], ["c"], ValidationStamp.by_position(100))
+    index, document = open_source("s", url).index, encoded("abcdef", make_tokenizer("bytes"))
+    begins, ends = write_shards(
+        open_store(url), "train-00001", 0, [document], shard_tokens=4, announce=lambda phase: None
+    )
+    other = replace(index.train[0], name="train-00002-0")
+    for end in (".npy", ".ends.npy"):
+        shutil.copy(tmp_path / "s" / f"train-00000-0{end}", tmp_path / "s" / f"{other.name}{end}")
+    train = [index.train[0], begins] if is_last else [begins, other]
+    write_index(open_store(url), replace(index, train=train))
+    message = "last document of train has no end" if is_last else "00002-0: the document before it"
+    with pytest.raises(DataError, match=message):
+        verified([open_source("s", url)])
+    write_index(open_store(url), replace(index, train=[begins, ends, other]))
+    assert verified([open_source("s", url)])[0].documents == 3
 
 
 def test_a_place_that_holds_no_source_is_said(
