@@ -6,8 +6,9 @@ run prepares them once and reads its own copy from then on.
 """
 
 import importlib
+import os
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from data_service.inputs import MemoryCorpus
@@ -81,21 +82,27 @@ def _prepare_one(name: str, store: Store, announce: Announce, advance: Advance) 
 def _standard_library() -> list[tuple[str, str]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     texts: list[tuple[str, str]] = []
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        relative = path.relative_to(root)
-        if _EXCLUDED_FOLDERS & set(relative.parts) or relative.name.startswith("_sysconfigdata"):
-            continue
+    for relative in sorted(_library_files(root)):
         try:
-            text = path.read_bytes().decode("utf-8")
+            text = (root / relative).read_bytes().decode("utf-8")
         except (UnicodeDecodeError, OSError):
             continue
         if text:
-            texts.append((relative.as_posix(), _with_tabs(text)))
+            texts.append((relative, _with_tabs(text)))
     if not texts:
         raise DataError(
             f"this Python has no library sources in {root}; name your own text with --data"
         )
     return texts
+
+
+def _library_files(root: Path) -> Iterator[str]:
+    """Paths under `root`; what is excluded is not walked: `site-packages` can be very large."""
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _EXCLUDED_FOLDERS]
+        for name in names:
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                yield (Path(folder) / name).relative_to(root).as_posix()
 
 
 def _with_tabs(text: str) -> str:

@@ -1,8 +1,11 @@
 """Fixtures that more than one test file uses."""
 
 import logging
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,16 @@ LONGEST = (
     *("test_kill", "test_worlds", "test_corruption", "test_store_conformance", "test_bad_input"),
 )
 """Files that take long: begun first, so that the processes that share the tests end together."""
+
+
+MEMORY = Path("/dev/shm")
+MEMORY_BYTES = 4 << 30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Temporary folders lie in memory if there is room: a save syncs files and folders often."""
+    if MEMORY.is_dir() and shutil.disk_usage(MEMORY).free >= MEMORY_BYTES:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(MEMORY))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

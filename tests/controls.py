@@ -43,6 +43,13 @@ def _prompt_flags(keeper: Keeper) -> Flags:
     return _flags(keeper)
 
 
+def _whole_snapshots(keeper: Keeper, step: int, healthy: bool) -> None:
+    """A snapshot to the local tier is waited for."""
+    _save_locally(keeper, step, healthy)
+    if keeper._local is not None:
+        keeper._local.finish()
+
+
 def _late_rows(data: LiveData, batches: Batches, step: int) -> Any:
     """On all ranks but the first, an edit changes the rows one step too late."""
     loader = _loaded(data, batches, step)
@@ -59,7 +66,7 @@ def _late_rows(data: LiveData, batches: Batches, step: int) -> Any:
     return SimpleNamespace(next=late, close=loader.close, waited_seconds=0.0)
 
 
-_flags, _loaded = Keeper.flags, LiveData._loaded
+_flags, _save_locally, _loaded = Keeper.flags, Keeper.save_locally, LiveData._loaded
 
 CONTROLS: dict[str, tuple[str, Callable[..., object]]] = {
     "fence": ("checkpointing.incarnation.refuse_if_fenced", lambda records, claim: None),
@@ -69,6 +76,7 @@ CONTROLS: dict[str, tuple[str, Callable[..., object]]] = {
     "moments": ("trainer.state.restore_optimizer", _forgotten_moments),
     "late_edit": ("launch.editing.LiveData._loaded", _late_rows),
     "prompt": ("launch.running.Keeper.flags", _prompt_flags),  # not broken: for tests of requests
+    "whole_snapshots": ("launch.running.Keeper.save_locally", _whole_snapshots),  # nor this one
     "causal": ("torch.nn.functional.scaled_dot_product_attention", _seeing_ahead),
     "learning_rate": ("trainer.step.learning_rate", _forgotten_rate),
 }

@@ -46,7 +46,7 @@ class S3Server:
 
     def make_bucket(self, name: str) -> None:
         urllib.request.urlopen(
-            urllib.request.Request(f"{self.url}/{name}", method="PUT"), timeout=10
+            urllib.request.Request(f"{self.url}/{name}", method="PUT"), timeout=300
         ).close()
 
     def __call__(self, environ: dict[str, Any], respond: Callable[..., Any]) -> Iterable[bytes]:

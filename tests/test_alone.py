@@ -14,13 +14,17 @@ import torch
 from checkpointing.alone import Checkpoints
 from checkpointing.generators import generators, restore_generators
 from storage.errors import ConfigurationError, StoreUnavailableError
-from tests.programs import ROOT, checkpoints
+from tests.forks import ROOT, Fork
+from tests.programs import checkpoints
 
 EXAMPLE = re.findall(r"```python\n(.*?)```", (ROOT / "docs/checkpoints.md").read_text(), re.S)[0]
 
 
-def run_example(folder: Path, *, killed_at: int = 0) -> int:
-    """The example as it stands, in a process of its own; SIGKILL at a step if asked to."""
+def run_example(folder: Path, *, killed_at: int = 0, fresh: bool = False) -> int:
+    """The example as it stands, in a process of its own; SIGKILL at a step if asked to.
+
+    `fresh` starts it as a reader of the document would, and not as a fork.
+    """
     program = EXAMPLE
     if killed_at:
         kill = f"        if step == {killed_at}:\n            run._saver.finish()\n"
@@ -31,9 +35,11 @@ def run_example(folder: Path, *, killed_at: int = 0) -> int:
         program = head + kill + loop + rest
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder)}
     folder.mkdir(exist_ok=True)
-    return subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env=environment, timeout=120
-    ).returncode
+    if fresh:
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, cwd=folder, env=environment, timeout=120).returncode
+    with open(folder / "output", "w") as output:
+        return Fork(["-c", program], cwd=folder, env=environment, output=output).wait(120)
 
 
 def test_the_example_is_short() -> None:
@@ -42,7 +48,7 @@ def test_the_example_is_short() -> None:
 
 
 def test_the_example_killed_ends_with_the_bits_of_an_unbroken_run(tmp_path: Path) -> None:
-    assert run_example(tmp_path / "unbroken") == 0
+    assert run_example(tmp_path / "unbroken", fresh=True) == 0
     for step in (60, 130, 199):
         assert run_example(tmp_path / "killed", killed_at=step) == -signal.SIGKILL
     assert run_example(tmp_path / "killed") == 0

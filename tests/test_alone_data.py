@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.programs import ROOT
+from tests.forks import ROOT, Fork
 
 DOCUMENT = (ROOT / "docs/data.md").read_text()
 SECTION = DOCUMENT.partition("\n## In your own training loop\n")[2].partition("\n## ")[0]
@@ -29,17 +29,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
             text = " ".join(f"{words} {number * k}." for k in range(80))
             (folder / name / f"{number}.txt").write_text(text)
     for line in PREPARE.splitlines():
-        run([*line.replace("python", sys.executable, 1).split()], folder)
+        command = [*line.replace("python", sys.executable, 1).split()]
+        subprocess.run(command, cwd=folder, env=environment(folder), timeout=120, check=True)
     return folder / "data"
 
 
-def run(command: list[str], folder: Path) -> int:
-    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder)}
-    return subprocess.run(command, cwd=folder, env=environment, timeout=120).returncode
+def environment(folder: Path) -> dict[str, str]:
+    return {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder)}
 
 
-def run_example(data: Path, folder: Path, *, killed_at: int = 0, change: str = "") -> int:
-    """The example as it stands, in a process of its own; SIGKILL after a step's update if asked."""
+def run_example(
+    data: Path, folder: Path, *, killed_at: int = 0, change: str = "", fresh: bool = False
+) -> int:
+    """The example as it stands, in a process of its own; SIGKILL after a step's update if asked.
+
+    `fresh` starts it as a reader of the document would, and not as a fork.
+    """
     if not folder.exists():
         shutil.copytree(data, folder / "data")
     program = EXAMPLE
@@ -51,7 +56,11 @@ def run_example(data: Path, folder: Path, *, killed_at: int = 0, change: str = "
         before, _, after = change.partition(" -> ")
         assert before in program
         program = program.replace(before, after)
-    return run([sys.executable, "-c", program], folder)
+    if fresh:
+        command = [sys.executable, "-c", program]
+        return subprocess.run(command, cwd=folder, env=environment(folder), timeout=120).returncode
+    with open(folder / "output", "w") as output:
+        return Fork(["-c", program], cwd=folder, env=environment(folder), output=output).wait(120)
 
 
 def saved(folder: Path) -> dict[str, dict[str, object]]:
@@ -61,7 +70,7 @@ def saved(folder: Path) -> dict[str, dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def unbroken(data: Path) -> dict[str, dict[str, object]]:
-    assert run_example(data, data.parent / "unbroken") == 0
+    assert run_example(data, data.parent / "unbroken", fresh=True) == 0
     return saved(data.parent / "unbroken")
 
 

@@ -397,8 +397,11 @@ EDITS = st.lists(
 
 @pytest.fixture(scope="module")
 def small_blocks() -> Iterator[None]:
-    """A mixture is worked out 64 samples at a time, and not 65,536, of which few are looked at."""
-    with patch("data_service.mixture.BLOCK", 64):
+    """A mixture and places are worked out for 64 samples at a time, of which many are looked at."""
+    with (
+        patch("data_service.mixture.BLOCK", 64),
+        patch("data_service.batches._SAMPLES_AT_ONCE", 64),
+    ):
         yield
 
 

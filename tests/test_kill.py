@@ -63,6 +63,9 @@ KILLS = (
 )
 """(phase, the how manieth time in its incarnation, world), in the order of the kills."""
 
+FRESH = {("open", 1, 1), ("save:committed", 2, 2)}
+"""Kills of what a user starts: an interpreter, and torchrun. Others are kills of forks."""
+
 
 def test_a_run_killed_at_every_phase_ends_with_the_bits_of_an_unbroken_run(tmp_path: Path) -> None:
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
@@ -70,8 +73,11 @@ def test_a_run_killed_at_every_phase_ends_with_the_bits_of_an_unbroken_run(tmp_p
     assert train_here("--run", unbroken, *SHAPE, listener=lambda p, _: entered.add(p)) == 0
     assert entered == {phase for phase, _, _ in KILLS}, "a phase is not covered"
 
-    for phase, nth, world in KILLS:
-        train_until_killed("--run", killed, *SHAPE, phase=phase, nth=nth, world=world)
+    assert set(KILLS) >= FRESH
+    for kill in KILLS:
+        phase, nth, world = kill
+        arguments = ("--run", killed, *SHAPE)
+        train_until_killed(*arguments, phase=phase, nth=nth, world=world, fresh=kill in FRESH)
     train("--run", killed, *SHAPE)
 
     assert len(KILLS) >= 25
@@ -104,7 +110,7 @@ def test_killed_at_random_instants(seed: int, tmp_path: Path) -> None:
     instants = random.Random(seed)
     kills = 0
     while kills < 20:
-        with Program("--run", killed, *shape) as program:
+        with Program("--run", killed, *shape, fresh=True) as program:
             if program.ended_within(instants.uniform(0.1, 7.0)):
                 break
             program.send(signal.SIGKILL)

@@ -34,7 +34,8 @@ def test_a_notice_saves_the_step_and_exits_75(
     notice: signal.Signals, tmp_path: Path, data: tuple[str, ...]
 ) -> None:
     run, unbroken = tmp_path / "run", tmp_path / "unbroken"
-    with Program("--run", run, *data, *SHAPE, stops=[("micro_batch", 6)]) as program:
+    stops = [("micro_batch", 6)]
+    with Program("--run", run, *data, *SHAPE, stops=stops, fresh=True) as program:
         place = program.stopped()
         place.send(notice, signal.SIGCONT)
         assert program.end() == 75, program.output()
@@ -48,8 +49,9 @@ def test_a_notice_saves_the_step_and_exits_75(
 def test_a_notice_to_one_of_two_processes_stops_both_at_the_same_step(
     tmp_path: Path, data: tuple[str, ...]
 ) -> None:
-    run = tmp_path / "run"
-    with Program("--run", run, *data, *SHAPE, stops=[("micro_batch", 3)], world=2) as program:
+    """Of torchrun, whose exit code depends on those of its processes."""
+    run, stops = tmp_path / "run", [("micro_batch", 3)]
+    with Program("--run", run, *data, *SHAPE, stops=stops, world=2, fresh=True) as program:
         place = program.stopped()
         place.send(signal.SIGTERM, signal.SIGCONT)
         assert program.end() != 0, "a preempted run must not look finished"

@@ -42,7 +42,7 @@ def seen(place: str) -> list[str]:
     return open_store(place).list("requests/")
 
 
-def train_asked(run: Path, what: str, at_step: int) -> int:
+def train_asked(run: Path, data: tuple[str, ...], what: str, at_step: int) -> int:
     """Train; ask at a step, and let the step begin when a heartbeat has had the time to look."""
     asked: list[str] = []
 
@@ -51,7 +51,7 @@ def train_asked(run: Path, what: str, at_step: int) -> int:
             asked.append(ask(open_store(str(run)), what))
             _wait_for_beats(run, 2)
 
-    return train_here("--run", run, *SHAPE, listener=listener)
+    return train_here("--run", run, *data, *SHAPE, listener=listener)
 
 
 def _wait_for_beats(run: Path, more: int) -> None:
@@ -66,20 +66,22 @@ def _wait_for_beats(run: Path, more: int) -> None:
         os.sched_yield()
 
 
-def test_a_save_is_made_when_an_operator_asks(tmp_path: Path) -> None:
+def test_a_save_is_made_when_an_operator_asks(tmp_path: Path, data: tuple[str, ...]) -> None:
     run = tmp_path / "run"
-    assert train_asked(run, "save", at_step=3) == 0
+    assert train_asked(run, data, "save", at_step=3) == 0
     assert [c.step for c in checkpoints(run)] == [4, 8]
     assert seen(str(run)) == []
 
 
-def test_a_run_asked_to_stop_saves_and_leaves_and_goes_on_later(tmp_path: Path) -> None:
+def test_a_run_asked_to_stop_saves_and_leaves_and_goes_on_later(
+    tmp_path: Path, data: tuple[str, ...]
+) -> None:
     unbroken, stopped = tmp_path / "unbroken", tmp_path / "stopped"
-    assert train_here("--run", unbroken, *SHAPE) == 0
-    assert train_asked(stopped, "stop", at_step=3) == 75
+    assert train_here("--run", unbroken, *data, *SHAPE) == 0
+    assert train_asked(stopped, data, "stop", at_step=3) == 75
     assert [c.step for c in checkpoints(stopped)] == [4]
     assert seen(str(stopped)) == []
-    assert train_here("--run", stopped, *SHAPE) == 0
+    assert train_here("--run", stopped, *data, *SHAPE) == 0
     assert final_digest(stopped) == final_digest(unbroken)
 
 
@@ -102,10 +104,10 @@ def test_what_is_asked_after_the_last_look_waits_for_the_next_save(tmp_path: Pat
 
 
 def test_the_command_asks_and_says_who_will_answer(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, data: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    assert train_here("--run", run, *SHAPE) == 0
+    assert train_here("--run", run, *data, *SHAPE) == 0
     capsys.readouterr()
     assert main(["ask", str(run), "save"]) == 0
     assert "nobody trains this run now, so the next start answers" in capsys.readouterr().out
@@ -115,9 +117,11 @@ def test_the_command_asks_and_says_who_will_answer(
     assert main(["ask", str(tmp_path / "none"), "save"]) == 78
 
 
-def test_an_interval_by_the_clock_saves_without_an_interval_in_steps(tmp_path: Path) -> None:
+def test_an_interval_by_the_clock_saves_without_an_interval_in_steps(
+    tmp_path: Path, data: tuple[str, ...]
+) -> None:
     run = tmp_path / "run"
-    assert train_here("--run", run, *SHAPE, "--save_interval_seconds=0.000001") == 0
+    assert train_here("--run", run, *data, *SHAPE, "--save_interval_seconds=0.000001") == 0
     assert [c.step for c in checkpoints(run)][-1] == 8
     assert len(open_store(str(run)).list("log/")) > 8
 

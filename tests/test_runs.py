@@ -289,10 +289,10 @@ def test_prune_tells_first_and_removes_then(run: Path, capsys: Capture) -> None:
 
 
 def test_what_an_operator_does_while_it_trains_changes_no_bits(
-    tmp_path: Path, capsys: Capture
+    tmp_path: Path, data: tuple[str, ...], capsys: Capture
 ) -> None:
     """Every command at every phase of saving and retiring, beside the real program."""
-    shape = ("--max_steps=6", "--n_embd=32", "--context=32", "--eval_interval_steps=0")
+    shape = (*data, "--max_steps=6", "--n_embd=32", "--context=32", "--eval_interval_steps=0")
     every = (
         "--wait_for_saves",
         "--sample_interval_steps=0",

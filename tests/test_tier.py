@@ -204,17 +204,20 @@ class Full(LocalStore):
 
 
 def test_a_tier_without_room_stops_no_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    data: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    full = Full(tmp_path / "tier")
+    full, run = Full(tmp_path / "tier"), tmp_path / "run"
     monkeypatch.setattr("launch.running.tier_store", lambda *place: full)
-    assert train_here("--run", tmp_path / "run", *SHAPE, "--local_tier", tmp_path / "tier") == 0
+    assert train_here("--run", run, *data, *SHAPE, "--local_tier", tmp_path / "tier") == 0
     assert "no local snapshots in this start: no space left" in capsys.readouterr().err
 
 
-def test_a_complete_run_leaves_nothing_in_its_tier(tmp_path: Path) -> None:
+def test_a_complete_run_leaves_nothing_in_its_tier(tmp_path: Path, data: tuple[str, ...]) -> None:
     tier = tmp_path / "tier"
-    assert train_here("--run", tmp_path / "run", *SHAPE, "--local_tier", tier) == 0
+    assert train_here("--run", tmp_path / "run", *data, *SHAPE, "--local_tier", tier) == 0
     assert not [path for path in tier.rglob("*") if path.is_file()]
 
 
@@ -224,15 +227,19 @@ def test_a_tier_is_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.soak), 2])
-def test_a_killed_program_goes_on_from_its_local_snapshot(world: int, tmp_path: Path) -> None:
+def test_a_killed_program_goes_on_from_its_local_snapshot(
+    world: int, tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    """Snapshots run beside training; each is waited for here, to know which the kill leaves."""
     unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
-    train("--run", unbroken, *SHAPE)
-    flags = ("--run", killed, *SHAPE, "--local_tier", tmp_path / "tier")
-    place = train_until_killed(*flags, phase="step", nth=10, world=world)
+    assert train_here("--run", unbroken, *data, *SHAPE) == 0
+    flags = ("--run", killed, *data, *SHAPE, "--local_tier", tmp_path / "tier")
+    waits = "whole_snapshots"
+    place = train_until_killed(*flags, phase="step", nth=10, world=world, control=waits)
     assert place.step == 9 and checkpoints(killed) == []
     train(*flags, world=world)
     adopted = checkpoints(killed)[0]
-    assert adopted.generation == 2 and adopted.step in (3, 6)
+    assert adopted.generation == 2 and adopted.step == 9
     assert final_digest(killed) == final_digest(unbroken)
     assert rows(killed) == rows(unbroken)
     assert curve(killed) == curve(unbroken)

@@ -1,8 +1,6 @@
 import json
 import os
-import socket
-import subprocess
-import sys
+import tempfile
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torch
 from launch.world import fingerprint, joined_world
 from storage import errors
 from storage.errors import FencedError
-from tests.programs import ROOT
+from tests.ranks import Ranks
 
 VALUES = [
     {"rank": 0, "text": "short", "number": 0.1, "none": None},
@@ -68,25 +66,14 @@ with joined_world() as world:
 
 def told_by_two(program: str, *arguments: str) -> list[dict[str, object]]:
     """What the two processes of a world that run a program print, by rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", program, *arguments]
-    members = []
-    for rank in range(2):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "TORCHELASTIC_RUN_ID": "job-7"}
-        environment = {**os.environ, **shared, **place}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        members.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **pipes)  # type: ignore
-        )
-    told = []
-    for member in members:
-        out, complaint = member.communicate(timeout=120)
-        assert member.returncode == 0, complaint
-        told.append(json.loads(out))
-    return told
+    said = []
+    with tempfile.TemporaryFile("w+") as one, tempfile.TemporaryFile("w+") as other:
+        code = Ranks(["-c", program, *arguments], [one, other], job="job-7").wait(120)
+        for output in (one, other):
+            output.seek(0)
+            said.append(output.read())
+    assert code == 0, said
+    return [json.loads(text.splitlines()[-1]) for text in said]
 
 
 def test_two_processes_tell_each_other_json_of_any_length() -> None:

@@ -33,12 +33,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Pa
     return run
 
 
-@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.soak), 3, 4])
+@pytest.mark.parametrize(
+    ("world", "torchrun"), [pytest.param(2, True, marks=pytest.mark.soak), (3, True), (4, False)]
+)
 def test_any_number_of_processes_gives_the_same_bits(
-    world: int, alone: Path, tmp_path: Path, data: tuple[str, ...]
+    world: int, torchrun: bool, alone: Path, tmp_path: Path, data: tuple[str, ...]
 ) -> None:
     run = tmp_path / "run"
-    train("--run", run, *data, *SHAPE, world=world)
+    train("--run", run, *data, *SHAPE, world=world, fresh=torchrun)
     assert final_digest(run) == final_digest(alone)
     assert rows(run) == rows(alone)
 
