@@ -3,12 +3,13 @@
 import json
 import logging
 import threading
+import uuid
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Protocol
 
 from storage.canonical import canonical_json
-from storage.errors import FencedError, RangeFlowError
+from storage.errors import FencedError, RangeFlowError, StoreUnavailableError
 from storage.store import Store
 
 logger = logging.getLogger(__name__)
@@ -96,6 +97,25 @@ def read_beat(store: Store, generation: int) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return beat if isinstance(beat, dict) else {}
+
+
+def silent_seconds(store: Store, generation: int) -> float:
+    """For how long there has been no heartbeat, by the store's own clock; 0 where it has none.
+
+    The store stamps a small object now and the heartbeat when it came: no clock of a host is asked.
+    A mounted drive, where creation is not atomic, may pass on the stamps of its clients.
+    """
+    if not store.creates_atomically:
+        return 0.0
+    key = f"probe/clock-{uuid.uuid4().hex}"
+    try:
+        store.put(key, b"now")
+        now = store.stat(key).modified_at
+        store.delete(key)
+        last = store.stat(_key(generation)).modified_at
+    except (FileNotFoundError, StoreUnavailableError):
+        return 0.0
+    return 0.0 if now is None or last is None else max(0.0, now - last)
 
 
 def _key(generation: int) -> str:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from checkpointing.beats import BEAT_SECONDS, read_beat
+from checkpointing.beats import BEAT_SECONDS, read_beat, silent_seconds
 from checkpointing.history import history, restated, without_objects
 from checkpointing.owner import provably_gone, this_process
 from storage.errors import FencedError, RunBusyError
@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 12.0
 """How long a starter waits for a beating owner to leave (the default grace budget)."""
+
+SILENT_SECONDS = 4 * BEAT_SECONDS
+"""Without a beat for so long on the store's clock, an owner is gone. Twice what a starter would
+wait: the store may have stamped the beat before it was whole, or failed for a while."""
 
 BASE_RECORDS = 100
 """How many records a BASE lets lie behind it before the next: what a start reads at most."""
@@ -148,7 +152,9 @@ def claim_run(
     """Append the CLAIM of the next generation, when the present owner is gone or `take_over`.
 
     The owner is gone when this host can prove it, or when no new beat arrives within two beat
-    intervals on this process's own clock. Otherwise waits out the grace, then raises RunBusyError.
+    intervals on this process's own clock, or none came within the last four on the store's: a
+    machine that replaces one lost a minute ago waits for nothing. Otherwise waits out the grace,
+    then raises RunBusyError.
     """
     claim_body = {**body, "owner": this_process()}
     while True:
@@ -175,6 +181,8 @@ def _wait_until_free(
     if past.generation == 0 or provably_gone(owner):
         return past.generation
     last = read_beat(store, past.generation)
+    if last and silent_seconds(store, past.generation) >= SILENT_SECONDS:
+        return past.generation
     started = last_news = clock()
     host = owner.get("host", "unknown")
     logger.info("waiting to see whether a process on host %s still owns the run", host)

@@ -20,11 +20,13 @@ class ObjectInfo:
     """What a store says of an object without reading it.
 
     `checksum` is the server's own, "crc32c:<8 hex digits>" or "md5:<32 hex digits>", for
-    `checksum.matches`; "" where it gives none (a local folder, a multipart upload).
+    `checksum.matches`; "" where it gives none (a local folder, a multipart upload). `modified_at`
+    is in unix seconds on the server's own clock, to the second at worst; None where it gives none.
     """
 
     size_bytes: int
     checksum: str = ""
+    modified_at: float | None = None
 
 
 class Store(Protocol):

@@ -14,6 +14,7 @@ Facts of gcsfs that are worked around here (2026.10; the same in 2024.10 where n
 """
 
 from collections.abc import Mapping
+from datetime import datetime
 from typing import Any
 
 from storage.checksum import of_gcs
@@ -90,7 +91,12 @@ class GcsClient:
         bucket, name, _ = self._fs.split_path(path)
         coroutine = self._fs._call("GET", "b/{}/o/{}", bucket, name, json_out=True)
         found: dict[str, Any] = self._run(coroutine)
-        return ObjectInfo(size_bytes=int(found["size"]), checksum=of_gcs(found.get("crc32c")))
+        updated = found.get("updated")
+        return ObjectInfo(
+            size_bytes=int(found["size"]),
+            checksum=of_gcs(found.get("crc32c")),
+            modified_at=datetime.fromisoformat(updated).timestamp() if updated else None,
+        )
 
     def close(self) -> None:
         session, self._fs._session = self._fs._session, None

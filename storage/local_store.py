@@ -100,7 +100,8 @@ class LocalStore:
 
     def stat(self, key: str) -> ObjectInfo:
         with _translated(self.url, key):
-            return ObjectInfo(size_bytes=os.stat(self.root / check_key(key)).st_size)
+            found = os.stat(self.root / check_key(key))
+            return ObjectInfo(size_bytes=found.st_size, modified_at=found.st_mtime)
 
     def local_path(self, key: str) -> Path | None:
         return self.root / check_key(key)

@@ -90,8 +90,11 @@ class S3Client:
         found: dict[str, Any] = self._run(self._fs._call_s3("head_object", Bucket=bucket, Key=key))
         plain = found.get("ServerSideEncryption", "AES256") == "AES256"
         plain = plain and "SSECustomerAlgorithm" not in found
+        modified = found.get("LastModified")
         return ObjectInfo(
-            size_bytes=int(found["ContentLength"]), checksum=of_s3(found["ETag"]) if plain else ""
+            size_bytes=int(found["ContentLength"]),
+            checksum=of_s3(found["ETag"]) if plain else "",
+            modified_at=modified.timestamp() if modified else None,
         )
 
     def close(self) -> None:

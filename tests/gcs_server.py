@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -34,6 +35,7 @@ class Stored:
     data: bytes
     generation: int
     metageneration: int = 1
+    updated: str = field(default_factory=lambda: datetime.now(UTC).isoformat())
 
 
 @dataclass
@@ -347,8 +349,8 @@ def _resource(bucket: str, name: str, stored: Stored) -> dict[str, Any]:
         "metageneration": str(stored.metageneration),
         "crc32c": _crc32c(stored.data),
         "md5Hash": base64.b64encode(hashlib.md5(stored.data).digest()).decode(),
-        "updated": "2026-01-01T00:00:00.000Z",
-        "timeCreated": "2026-01-01T00:00:00.000Z",
+        "updated": stored.updated,
+        "timeCreated": stored.updated,
     }
 
 

@@ -1,5 +1,7 @@
 """Who may own a run, and when; with a clock and a sleep of the test's own."""
 
+import os
+import shutil
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -9,12 +11,14 @@ from typing import Any
 
 import pytest
 
+from checkpointing.beats import silent_seconds
 from checkpointing.history import history
 from checkpointing.incarnation import BASE_RECORDS, Incarnation, claim_run
 from storage.canonical import canonical_json
-from storage.errors import FencedError, RunBusyError
+from storage.contract import ObjectInfo
+from storage.errors import FencedError, RunBusyError, StoreUnavailableError
 from storage.log import Draft, Log, Record
-from storage.store import LocalStore, Store
+from storage.store import LocalStore, Store, open_store
 
 ELSEWHERE = {"host": "spot-7", "boot_id": "x", "pid_namespace": "y", "pid": 1, "started": "9"}
 
@@ -67,6 +71,61 @@ def test_a_silent_owner_is_gone_after_two_beat_intervals(store: LocalStore) -> N
     time = Time()
     assert claim(store, time).generation == 2
     assert time.now == 10.0
+
+
+def aged(store: LocalStore, seconds: float) -> None:
+    """The newest heartbeat came so long ago, as the store has it."""
+    path = store.root / "beats/g0001.json"
+    then = path.stat().st_mtime - seconds
+    os.utime(path, (then, then))
+
+
+def test_an_owner_long_silent_by_the_store_s_own_clock_is_gone_at_once(store: LocalStore) -> None:
+    owned_elsewhere(store)
+    aged(store, 20)
+    time = Time()
+    assert claim(store, time).generation == 2
+    assert time.now == 0.0
+    assert store.list("probe/") == []
+
+
+def test_a_heartbeat_not_so_old_or_of_the_future_is_waited_for(store: LocalStore) -> None:
+    for seconds in (15, -60):
+        owned_elsewhere(store)
+        aged(store, seconds)
+        time = Time()
+        claim(store, time)
+        assert time.now == 10.0
+        shutil.rmtree(store.root)
+        store.root.mkdir()
+
+
+def test_an_owner_that_has_not_beaten_yet_is_waited_for(store: LocalStore) -> None:
+    owned_elsewhere(store)
+    store.delete("beats/g0001.json")
+    time = Time()
+    assert claim(store, time).generation == 2
+    assert time.now == 10.0
+
+
+def test_a_store_without_a_clock_of_its_own_is_not_asked(store: LocalStore) -> None:
+    owned_elsewhere(store)
+    aged(store, 3600)
+    store.creates_atomically = False
+    assert silent_seconds(store, 1) == 0.0
+    memory = open_store(f"memory://{uuid.uuid4().hex}")
+    beat(memory, 1, 1)
+    assert silent_seconds(memory, 1) == 0.0
+
+
+def test_a_store_that_fails_leaves_the_starter_waiting(store: LocalStore) -> None:
+    class Failing(LocalStore):
+        def stat(self, key: str) -> ObjectInfo:
+            raise StoreUnavailableError("network")
+
+    owned_elsewhere(store)
+    aged(store, 3600)
+    assert silent_seconds(Failing(store.root), 1) == 0.0
 
 
 def test_an_owner_that_beats_is_named_and_left_alone(store: LocalStore) -> None:
@@ -141,8 +200,6 @@ def test_a_damaged_claim_still_fences_by_the_records_after_it(store: LocalStore)
 
 def test_a_run_removed_and_begun_anew_fences_the_process_that_was_left(tmp_path: Path) -> None:
     """Both are generation 1: only the CLAIM itself tells them apart."""
-    import shutil
-
     stale = claim(LocalStore(tmp_path / "run"))
     shutil.rmtree(tmp_path / "run")
     new = claim(LocalStore(tmp_path / "run"))

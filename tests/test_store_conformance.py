@@ -6,6 +6,7 @@ use; what the tests put there, below names of their own, they take away again.
 
 import os
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,6 +144,20 @@ def test_ranges_are_half_open_and_may_reach_past_the_end(store: Store) -> None:
     assert store.get("a", 0, 99) == b"0123456789"
     assert store.get("a", 5, 5) == store.get("a", 7, 3) == b""
     assert store.get("a", 10) == store.get("a", 99, 100) == b""
+
+
+def test_objects_are_stamped_by_the_store_s_own_clock(kind: str, store: Store) -> None:
+    before = time.time()
+    store.put("a", b"x")
+    stamp = store.stat("a").modified_at
+    if kind == "memory":
+        assert stamp is None
+        return
+    assert stamp is not None
+    assert kind == "real" or before - 2 < stamp < time.time() + 2, "these run on this clock"
+    store.put("a", b"y")
+    later = store.stat("a").modified_at
+    assert later is not None and later >= stamp
 
 
 def test_what_is_not_there_is_said_so(store: Store) -> None:
