@@ -79,6 +79,9 @@ class SaveCost:
         self._saving = False
         self.seconds = 1.0
         """Of the newest save that is over; a guess before."""
+        self.saves = 0
+        self.total_seconds = 0.0
+        """Of all saves that are over, so many."""
 
     def step(self, seconds: float, *, saving: bool) -> None:
         """Charge one step, which took so long; `saving` if a save was in flight during it."""
@@ -88,6 +91,8 @@ class SaveCost:
             self._idle.append(seconds)
             if self._saving:
                 self.seconds, self._extra = self._extra, 0.0
+                self.saves += 1
+                self.total_seconds += self.seconds
         self._saving = saving
 
 

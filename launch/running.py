@@ -1,6 +1,7 @@
 """What the training loop is given: saves, metrics, and what this process tells the others."""
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -85,6 +86,7 @@ class Keeper:
         self._cost = SaveCost()
         self._begun = False
         self._prepared = False
+        self._loss = math.nan
         self._mean_seconds = PRIOR_SECONDS
         self._inbox = Inbox(store, ASKED)
         self._asked: list[Request] = []
@@ -135,11 +137,26 @@ class Keeper:
             seconds = self._tokens_in_step / row["tokens_per_second"]
             self._cost.step(seconds, saving=self._begun or self._saver.busy)
         self._begun = False
+        self._loss = row.get("loss", math.nan)
         if not self._prepared:
             self._prepared = True
             self._saver.prepare(self._capture(row["step"]))
         if self._metrics is not None:
             self._metrics.add(row)
+
+    @property
+    def stalled_seconds(self) -> float:
+        """What saves have taken from steps so far."""
+        return self._cost.total_seconds
+
+    def told(self) -> dict[str, Any]:
+        """For the heartbeat: the newest loss, and what saves cost."""
+        saves = {
+            "count": self._cost.saves,
+            "stalled_seconds": round(self.stalled_seconds, 3),
+            "durable_seconds": round(self._saver.seconds_until_durable, 3),
+        }
+        return {"loss": self._loss if math.isfinite(self._loss) else None, "saves": saves}
 
     def beat(self) -> None:
         """What is done with every heartbeat: curves are written, requests looked for."""
@@ -198,6 +215,7 @@ class Keeper:
         state = self._capture(step)
         self._saver.begin(state, step=step, healthy=healthy, validation_loss=validation_loss)
         if wait or self._config.wait_for_saves:
+            self._phase("wait_for_save")
             return self._saver.finish() == step
         return True
 

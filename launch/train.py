@@ -17,6 +17,7 @@ if __name__ == "__main__":  # torchrun runs this file, with `launch/` in front o
 from launch.exit_codes import COMPLETE, START_AGAIN, exit_code
 from launch.notice import Notice
 from launch.phase import Phase
+from launch.time_ledger import TimeLedger, reached_before
 
 if TYPE_CHECKING:
     from checkpointing.save import TrainingState
@@ -39,14 +40,16 @@ def main(arguments: Sequence[str] | None = None, listener: Listener | None = Non
             config = parse_config(command_line() if arguments is None else arguments)
             if config is None:  # --help
                 return COMPLETE
-            return train(config, notice, Phase(listener, notice.requested))
+            ledger = TimeLedger()
+            return train(config, notice, Phase(listener, notice.requested, ledger), ledger)
         except Exception as error:
             return exit_code(error)
 
 
-def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
+def train(config: "RunConfig", notice: Notice, phase: Phase, ledger: TimeLedger) -> int:
     """One incarnation: from the claim to the exit code."""
     from checkpointing.beats import Beats
+    from checkpointing.history import history
     from checkpointing.restore import restore
     from checkpointing.retention import sweep
     from launch.build import build_training, settled
@@ -79,7 +82,9 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
             return COMPLETE
         owner = run.incarnation  # None on every rank but 0
         beats = Beats(store, owner, phase.place) if owner else None
-        if beats is not None:
+        if owner is not None and beats is not None:
+            ledger.reached = reached_before(store, history(owner.records), owner.generation)
+            beats.more = lambda: {"time": ledger.told()}
             stack.enter_context(beats)
 
         tier = open_tier(config, world, store, owner)  # a snapshot may be newer than any checkpoint
@@ -112,9 +117,10 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
         stack.enter_context(keeper)
         if beats is not None:
             beats.afterwards = keeper.beat
-            beats.more = remote.beat
+            beats.more = lambda: {"time": ledger.told(), **keeper.told(), **remote.beat()}
         stack.callback(remote.close)  # before the loader, which may be waiting for it
-        remote.waited_seconds = lambda: data.waited_seconds
+        remote.waited_seconds = ledger.waited_seconds = lambda: data.waited_seconds
+        ledger.stalled_seconds = lambda: keeper.stalled_seconds
 
         loop = Loop(
             training,

@@ -127,3 +127,4 @@ def test_a_save_costs_what_it_adds_to_the_steps_beside_it() -> None:
     cost.step(0.5, saving=True)
     cost.step(0.5, saving=False)
     assert cost.seconds == 0.0
+    assert (cost.saves, cost.total_seconds) == (2, 0.375)

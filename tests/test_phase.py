@@ -36,3 +36,12 @@ def test_what_another_thread_enters_is_heard_and_leaves_the_place() -> None:
     assert heard == [("micro_batch", 4), ("save:object", 4)]
     assert phase.place() == ("micro_batch", 4)
     Phase().aside("save:object")
+
+
+def test_what_the_main_thread_enters_is_told_apart_from_what_others_do() -> None:
+    entered: list[tuple[str, int]] = []
+    phase = Phase(entered=lambda name, step: entered.append((name, step)))
+    phase.step = 2
+    phase("step")
+    phase.aside("save:object")
+    assert entered == [("step", 2)]

@@ -96,6 +96,20 @@ def test_other_ranks_record_and_flush_nothing(store: LocalStore) -> None:
     assert store.list("") == []
 
 
+def test_a_heartbeat_tells_the_newest_loss_that_is_a_number_and_what_saves_cost(
+    store: LocalStore,
+) -> None:
+    kept = keeper(store, ALONE, None, None)
+    assert kept.told()["loss"] is None
+    kept.record({"step": 1, "loss": 2.5})
+    assert kept.told() == {
+        "loss": 2.5,
+        "saves": {"count": 0, "stalled_seconds": 0.0, "durable_seconds": 0.0},
+    }
+    kept.record({"step": 2, "loss": float("nan")})
+    assert kept.told()["loss"] is None
+
+
 def no_space_for_curves(descriptor: int, sync: Callable[[int], None] = os.fsync) -> None:
     """A disk that is full for the curves alone."""
     name = Path(f"/proc/self/fd/{descriptor}").readlink().name
