@@ -2,12 +2,10 @@
 
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from checkpointing.beats import BEAT_SECONDS, read_beat
 from checkpointing.history import Checkpoint, History, history
+from checkpointing.liveness import judge
 from checkpointing.naming import RUN_KEY, read_run
-from checkpointing.owner import provably_gone, this_process
 from checkpointing.pins import all_pins, ended
 from checkpointing.pruning import sizes
 from checkpointing.retention import unneeded
@@ -163,29 +161,17 @@ def _leases(store: Store, now: float) -> Finding:
 
 def _owner(store: Store, past: History, sleep: Callable[[float], None]) -> Finding:
     """Who trains the run now. That nobody does is no fault: the same command goes on."""
-    if past.generation == 0:
-        return _well("owner", "never claimed")
-    owner = past.claim.body.get("owner") if past.claim else None
-    owner = owner if isinstance(owner, dict) else {}
-    before = read_beat(store, past.generation)
-    who = f"generation {past.generation} on host {plain(owner.get('host', 'unknown'))}"
+    found = judge(store, past, sleep)
+    who = f"generation {found.generation} on host {plain(found.host)}"
     where = "no heartbeat seen"
-    if before:
-        where = f"phase {plain(before.get('phase'))}, step {plain(before.get('step'))}"
-    if past.end is not None:
-        return _well("owner", f"none: the run is complete; the last was {who}")
-    if before.get("left") is True or provably_gone(owner):
-        return _well("owner", f"gone: {who}, last: {where}; start again to go on")
-    if _is_here(owner):
-        return _well("owner", f"alive, a process of this machine: {who}, {where}")
-    sleep(2 * BEAT_SECONDS)
-    if read_beat(store, past.generation) != before:
-        return _well("owner", f"alive: {who}, {where}")
-    return _well("owner", f"silent: {who}, last: {where}; a new start takes over")
-
-
-def _is_here(owner: dict[str, Any]) -> bool:
-    """Whether a process that is not provably gone is one of this machine, and so alive."""
-    here = this_process()
-    places = ("boot_id", "pid_namespace")
-    return all(here[name] and owner.get(name) == here[name] for name in places)
+    if found.beat:
+        where = f"phase {plain(found.beat.get('phase'))}, step {plain(found.beat.get('step'))}"
+    where_from = ", a process of this machine" if found.here else ""
+    said = {
+        "never claimed": "never claimed",
+        "complete": f"none: the run is complete; the last was {who}",
+        "gone": f"gone: {who}, last: {where}; start again to go on",
+        "alive": f"alive{where_from}: {who}, {where}",
+        "silent": f"silent: {who}, last: {where}; a new start takes over",
+    }
+    return _well("owner", said[found.state])
