@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import goodput
 from benchmarks.data_contestants import installed
 from benchmarks.data_parts import drift, equal_share, wrong_samples
 from benchmarks.data_registry import MAKERS
+from benchmarks.measuring import Row
+from checkpointing.beats import BEAT_SECONDS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,6 +84,65 @@ def test_a_resume_that_starts_anew_is_not_told_as_equal() -> None:
 
 def test_drift_is_told_in_samples_at_the_worst_prefix() -> None:
     assert drift([[0, 0], [1, 2, 0, 1, 0, 1, 2, 0]]) == 1
+
+
+def made_traces(folder: Path) -> list[str]:
+    """Two single hosts and one gang of four, for --traces."""
+    folder.mkdir()
+    for name, data in (
+        ("a", [1] * 40 + [0] * 3 + [1] * 20),
+        ("b", [0, 1] * 10),
+        ("c", [4] * 20 + [2] * 9 + [4] * 20),
+    ):
+        content = {"metadata": {"gap_seconds": 300}, "data": data}
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return ["--traces", str(folder), "--restart_seconds=6", "--step_seconds", "1"]
+
+
+def test_the_goodput_benchmark_writes_its_figures(tmp_path: Path) -> None:
+    answer = tmp_path / "figures.json"
+    assert goodput.main([*made_traces(tmp_path / "traces"), "--json", str(answer)]) == 0
+    found = json.loads(answer.read_text())
+    assert set(found) == {"machine", "claims", "table"}
+    assert [claim["name"] for claim in found["claims"]] == [
+        "single, steps of 1 s: goodput, mean over traces",
+        "single, steps of 1 s: goodput, worst trace",
+        "traces on which an alternative is as good, all modes and steps",
+    ]
+    assert found["claims"][2]["holds"]
+    assert {row["figure"]: len(row["values"]) for row in found["table"]} == {
+        "single, steps of 1 s": 2,
+        "gang, steps of 1 s": 1,
+        "elastic, steps of 1 s": 1,
+    }
+
+
+def test_the_goodput_plot_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="there is no matplotlib here")
+    place = tmp_path / "plot.png"
+    assert goodput.main([*made_traces(tmp_path / "traces"), "--plot", str(place)]) == 0
+    assert place.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_alternative_that_is_as_good_is_counted() -> None:
+    """The negative control of the claim that ours is ahead on every trace."""
+    rows = [
+        Row(figure="gang", contestant=name, values=values, unit="%")
+        for name, values in (
+            (goodput.OURS, (99.0, 98.0)),
+            ("other", (98.0, 98.0)),
+            ("if it were", (100.0, 100.0)),
+        )
+    ]
+    (claim,) = goodput.claims(rows)
+    assert (claim.value, claim.holds) == (1, False)
+
+
+@pytest.mark.soak
+def test_the_goodput_benchmark_measures_a_restart_of_the_real_program(tmp_path: Path) -> None:
+    rows = {row.figure: row.median for row in goodput.restarts(tmp_path, repeats=1)}
+    assert min(rows.values()) > 0
+    assert rows[goodput.AT_ONCE] >= 2 * BEAT_SECONDS
 
 
 def test_the_scale_benchmark_writes_its_figures(tmp_path: Path) -> None:
