@@ -71,7 +71,7 @@ def replay_with_processes(
 
 
 def _started(command: Sequence[str]) -> Process:
-    return subprocess.Popen(command, stdout=2, start_new_session=True)
+    return subprocess.Popen(command, stdout=2)  # `--json` has stdout for itself
 
 
 def _ended(process: Process, seconds: float) -> int | None:

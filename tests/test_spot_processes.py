@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -135,14 +136,17 @@ def test_time_is_compressed_by_a_number_above_0(compress: float) -> None:
 def test_the_real_program_killed_along_a_trace_ends_with_the_digest_of_one_never_killed(
     tmp_path: Path, data: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Machines for 12 s each, until the run is complete; and the account of it adds up."""
-    training = (*data, "--max_steps=200", "--save_interval_steps=10", "--sample_interval_steps=0")
+    """A machine lives for 0.6 of what the whole run takes here, so that at least one is lost."""
+    training = (*data, "--max_steps=100", "--save_interval_steps=5", "--sample_interval_steps=0")
+    begun = time.monotonic()
     train("--run", tmp_path / "whole", *training)
+    seconds = time.monotonic() - begun
     trace = tmp_path / "trace.json"
-    counts = ([1] * 12 + [0]) * 60
-    trace.write_text(json.dumps({"metadata": {"gap_seconds": 60}, "data": counts}))
+    counts = ([1] * 60 + [0]) * 40
+    trace.write_text(json.dumps({"metadata": {"gap_seconds": 1}, "data": counts}))
     run = str(tmp_path / "killed")
-    arguments = ["replay", run, "--trace", str(trace), "--processes", "--compress=60", "--json"]
+    compress = f"--compress={100 / seconds}"
+    arguments = ["replay", run, "--trace", str(trace), "--processes", compress, "--json"]
     assert main([*arguments, "--", *training]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["complete"] and report["kills"] >= 1
