@@ -11,18 +11,18 @@ _BEFORE_TRAINING = ("open", "claim", "prepare")
 class Phase:
     """Called with the name of each phase that is entered; `step` counts finished steps.
 
-    `entered` hears what the main thread enters; `listener` hears the other threads as well.
+    `report` hears of each, `listener` also of what other threads enter.
     """
 
     def __init__(
         self,
         listener: Callable[[str, int], None] | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
-        entered: Callable[[str, int], None] = lambda phase, step: None,
+        report: Callable[[str, int], None] = lambda phase, step: None,
     ) -> None:
         self._listener = listener
         self._stop_requested = stop_requested
-        self._entered = entered
+        self._report = report
         self.name = "start"
         self.step = 0
 
@@ -37,7 +37,7 @@ class Phase:
 
     def __call__(self, phase: str) -> None:
         self.name = phase
-        self._entered(phase, self.step)
+        self._report(phase, self.step)
         if self._listener is not None:
             self._listener(phase, self.step)
         if phase.partition(":")[0] in _BEFORE_TRAINING and self._stop_requested():

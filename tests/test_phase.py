@@ -40,7 +40,7 @@ def test_what_another_thread_enters_is_heard_and_leaves_the_place() -> None:
 
 def test_what_the_main_thread_enters_is_told_apart_from_what_others_do() -> None:
     entered: list[tuple[str, int]] = []
-    phase = Phase(entered=lambda name, step: entered.append((name, step)))
+    phase = Phase(report=lambda name, step: entered.append((name, step)))
     phase.step = 2
     phase("step")
     phase.aside("save:object")
