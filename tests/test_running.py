@@ -315,6 +315,14 @@ def test_a_save_is_told_with_its_step_and_digest(
     assert f"complete: 6 steps, digest {final_digest(run)}" in told
 
 
+def grace_of(noticed: bool) -> Any:
+    return SimpleNamespace(
+        requested=lambda: noticed,
+        no_time=lambda: noticed,
+        gives_up=lambda done, of: False,
+    )
+
+
 @pytest.mark.parametrize(
     ("noticed", "fenced", "stops"),
     [(False, False, False), (True, False, True), (False, True, True), (False, None, False)],
@@ -322,21 +330,22 @@ def test_a_save_is_told_with_its_step_and_digest(
 def test_a_notice_or_a_fence_asks_the_loop_to_stop(
     noticed: bool, fenced: bool | None, stops: bool, store: LocalStore
 ) -> None:
-    notice: Any = SimpleNamespace(requested=lambda: noticed)
     beating: Any = None if fenced is None else SimpleNamespace(fenced=fenced)
-    kept, data = keeper(store, ALONE, None, None), SimpleNamespace()
-    around = surroundings(ALONE, kept, data, notice, Phase(), beating)  # type: ignore[arg-type]
-    assert around.flags() == Flags(stop=stops)
+    kept = keeper(store, ALONE, None, None)
+    data: Any = SimpleNamespace()
+    proof: Any = SimpleNamespace(holds_back=False)
+    around = surroundings(ALONE, kept, data, grace_of(noticed), Phase(), beating, proof)
+    assert around.flags() == Flags(stop=stops, no_time=noticed)
 
 
 def test_the_loop_sees_this_place_in_the_world(store: LocalStore) -> None:
     world, phase = World(2, 1, CPU, "none"), Phase()
     kept = keeper(store, world, None, None)
     world.size = 3
-    notice: Any = SimpleNamespace(requested=lambda: False)
     asked: list[Any] = []
     data: Any = SimpleNamespace(answer=lambda edits, step: asked.append((edits, step)))
-    around = surroundings(world, kept, data, notice, phase, None)
+    proof: Any = SimpleNamespace()
+    around = surroundings(world, kept, data, grace_of(noticed=False), phase, None, proof)
     around.edited(7)
     assert asked == [([], 7)]
     assert (around.rank, around.world_size, around.device) == (2, 3, CPU)
