@@ -32,7 +32,11 @@ from tests.programs import (
     train_here,
 )
 
+PATIENT = "--grace_seconds=600"
+"""No deadline: for what is not about it, on a machine that may be slow."""
+
 SHAPE = (
+    PATIENT,
     "--max_steps=12",
     "--eval_interval_steps=0",
     "--sample_interval_steps=0",
@@ -124,10 +128,6 @@ def test_a_notice_before_training_ends_the_program_without_a_step(
     assert checkpoints(run) == []
 
 
-PATIENT = "--grace_seconds=600"
-"""In the tests' own process, which must not end at a deadline."""
-
-
 def notice_at(phase: str, step: int) -> Callable[[str, int], None]:
     """A listener that gives notice when a phase is entered after so many steps, once."""
     given: list[bool] = []
@@ -168,21 +168,21 @@ def test_a_notice_while_data_is_waited_for_is_heard_at_once(
             release.set()
 
     monkeypatch.setattr(Batches, "rows", late)
-    assert train_here("--run", run, *data, *SHAPE, PATIENT, listener=listener) == 75
+    assert train_here("--run", run, *data, *SHAPE, listener=listener) == 75
     assert release.is_set()
     assert [c.step for c in checkpoints(run)] == [3]
     said = last_notice(run)
     assert (said["met"], said["saved_step"], said["deadline_seconds"]) == (True, 3, 600.0)
 
 
-@pytest.mark.parametrize("phase", ["evaluate", "sample"])
+@pytest.mark.parametrize("phase", ["evaluate", pytest.param("sample", marks=pytest.mark.soak)])
 def test_what_a_notice_cuts_short_is_said_by_the_next_start(
     phase: str, tmp_path: Path, data: tuple[str, ...]
 ) -> None:
     """The same curves, samples, validation losses in the log, and bits as without a notice."""
     run, unbroken = tmp_path / "run", tmp_path / "unbroken"
     shape = ("--eval_interval_steps=4", "--sample_interval_steps=4", "--save_interval_steps=8")
-    arguments = (*data, *SHAPE, *shape, "--sample_tokens=8", "--keep_last=9", PATIENT)
+    arguments = (*data, *SHAPE, *shape, "--sample_tokens=8", "--keep_last=9")
     assert train_here("--run", unbroken, *arguments) == 0
     assert train_here("--run", run, *arguments, listener=notice_at(phase, 8)) == 75
     assert [c.step for c in checkpoints(run)] == [8]
@@ -203,7 +203,7 @@ def test_a_notice_during_restore_is_heard_before_a_step_is_begun(
     tmp_path: Path, data: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    arguments = ("--run", run, *data, *SHAPE, PATIENT)
+    arguments = ("--run", run, *data, *SHAPE)
     assert train_here(*arguments, listener=notice_at("micro_batch", 4)) == 75
     begun: list[str] = []
     notice = notice_at("restore", 0)
