@@ -62,9 +62,13 @@ class Beats:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.leave(fenced=isinstance(error, FencedError))
+
+    def leave(self, *, fenced: bool = False) -> None:
+        """Write the last beat, once the thread has ended; for a process that ends here."""
         self._stop.set()
         self._thread.join()
-        if not self.fenced and not isinstance(error, FencedError):
+        if not self.fenced and not fenced and not self._left:
             self._left = True
             self._beat()
 

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -46,13 +46,22 @@ class Loaded:
     objects: tuple[ObjectLayout, ...] = ()
 
 
-def load(store: Store, checkpoint: Checkpoint, *, rank: int = 0, size: int = 1) -> Loaded:
+def load(
+    store: Store,
+    checkpoint: Checkpoint,
+    *,
+    rank: int = 0,
+    size: int = 1,
+    before_object: Callable[[], None] = lambda: None,
+) -> Loaded:
     """The checkpoint, every byte verified.
 
     What lies whole in a local file is not copied: its tensor is the file, mapped, and what is
     written to it stays in memory. Copy the tensors to where they are used, and let them go.
     With a `size`, only the objects whose number is `rank` modulo `size` are read; the others' bytes
     are not there until `spread` has brought them.
+    `before_object` is called before each object is read, by the reading threads; what it raises
+    ends the reading.
     Raises IntegrityError when an object is missing, cut, changed or exchanged, naming it, and
     StoreUnavailableError when the store fails.
     """
@@ -64,6 +73,7 @@ def load(store: Store, checkpoint: Checkpoint, *, rank: int = 0, size: int = 1) 
     tensors = {name: _empty(spec) for name, spec in specs.items()}
 
     def read(key: str) -> None:
+        before_object()
         _read_object(store, key, layouts[key], specs, tensors, manifest["tensors"])
 
     with ThreadPoolExecutor(_READS_IN_FLIGHT, thread_name_prefix="load") as pool:

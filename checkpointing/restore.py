@@ -20,6 +20,7 @@ from storage.errors import (
     IntegrityError,
     NoUsableCheckpointError,
     RangeFlowError,
+    StopRequestedError,
     StoreUnavailableError,
 )
 from storage.store import Store
@@ -35,11 +36,14 @@ def restore(
     group: Group,
     *,
     announce: Callable[[str], None] = lambda phase: None,
+    before_object: Callable[[], None] = lambda: None,
 ) -> Loaded | None:
     """The newest whole checkpoint, the same on every rank; None when the run never had one.
 
     Raises NoUsableCheckpointError when the run has checkpoints and none can be used, or when two
-    were found damaged in this start; StoreUnavailableError when the store fails.
+    were found damaged in this start; StoreUnavailableError when the store fails. `before_object` is
+    called before each object is read; StopRequestedError that it raises on one rank ends the
+    restore on all.
     """
     for quarantines in range(MOST_QUARANTINES + 1):
         announce("restore")
@@ -47,8 +51,10 @@ def restore(
         if candidate is None:
             return None
         apart = store.local_path(candidate.manifest_key) is None
-        loaded, outcome = _try(store, candidate, group if apart else Solo())
+        loaded, outcome = _try(store, candidate, group if apart else Solo(), before_object)
         outcomes = group.gather(outcome)
+        for stopped in (o["stopped"] for o in outcomes if "stopped" in o):
+            raise StopRequestedError(stopped)
         damage = [f"rank {r}: {o['damaged']}" for r, o in enumerate(outcomes) if "damaged" in o]
         if damage:
             _quarantine(incarnation, group, candidate, damage[0])
@@ -93,15 +99,18 @@ def _choose(
 
 
 def _try(
-    store: Store, checkpoint: Checkpoint, readers: Group
+    store: Store, checkpoint: Checkpoint, readers: Group, before_object: Callable[[], None]
 ) -> tuple[Loaded | None, dict[str, str]]:
     """Read this rank's part; what looks damaged is read a second time before it is called so."""
     for again in (True, False):
         try:
-            return load(store, checkpoint, rank=readers.rank, size=readers.size), {}
+            rank, size = readers.rank, readers.size
+            return load(store, checkpoint, rank=rank, size=size, before_object=before_object), {}
         except IntegrityError as error:
             if not again:
                 return None, {"damaged": str(error)}
+        except StopRequestedError as error:
+            return None, {"stopped": str(error)}
         except RangeFlowError as error:
             return None, {"unavailable": str(error)}
     raise AssertionError("the second reading always returns")

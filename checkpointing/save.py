@@ -11,8 +11,10 @@ Does not cover: deciding when to save; the loop does.
 """
 
 import logging
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -68,6 +70,7 @@ class Saver:
         announce: Callable[[str], None] = lambda phase: None,
         before_commit: Callable[[], None] = lambda: None,
         after_commit: Callable[[Checkpoint], None] = lambda checkpoint: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._incarnation = incarnation
@@ -77,6 +80,7 @@ class Saver:
         self._announce = announce
         self._before_commit = before_commit
         self._after_commit = after_commit
+        self._clock = clock
         self._specs: dict[str, Spec] | None = None  # not known yet
         self._free: list[Arena] = []
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="snapshot")
@@ -84,6 +88,8 @@ class Saver:
         self._copying: list[Snapshot] = []
         self._unhealthy = False
         self._writes: list[tuple[Future[None], threading.Event]] = []
+        self._begun = 0.0  # when the newest save began
+        self._durable_after: deque[float] = deque(maxlen=5)
         self._error: BaseException | None = None
         self._outage = False
         self._left_over = False
@@ -91,8 +97,6 @@ class Saver:
         """The newest checkpoint that this saver has committed; on rank 0."""
         self.newest_step: int | None = None
         """Its step, on every rank."""
-        self.seconds_until_durable = 0.0
-        """How long it took from `begin`."""
 
     def __enter__(self) -> "Saver":
         return self
@@ -111,6 +115,18 @@ class Saver:
     def busy(self) -> bool:
         """Whether a save is in flight on this rank."""
         return any(not future.done() for future, _ in self._writes)
+
+    @property
+    def seconds_until_durable(self) -> float:
+        """How long a save takes from `begin`: the median of the newest five; 0 before the first."""
+        return statistics.median(list(self._durable_after) or [0.0])
+
+    @property
+    def seconds_left(self) -> float:
+        """How long the save in flight will still take, by that median; 0 when there is none."""
+        if not self.busy:
+            return 0.0
+        return max(0.0, self._begun + self.seconds_until_durable - self._clock())
 
     @property
     def broken(self) -> bool:
@@ -154,7 +170,7 @@ class Saver:
         self.give_up()
         given_up = threading.Event()
         self._writes = [pair for pair in self._writes if not pair[0].done()]
-        begun = time.monotonic()
+        self._begun = begun = self._clock()
         self._writes.append((self._writer.submit(self._write, job, given_up, begun), given_up))
 
     def wait_for_copy(self) -> None:
@@ -196,7 +212,7 @@ class Saver:
             if index is None:
                 return
             self.newest_step = job.step
-            self.seconds_until_durable = time.monotonic() - begun
+            self._durable_after.append(self._clock() - begun)
             if self._incarnation is not None:
                 self._recovered(job.step)
                 committed = history(self._incarnation.records).checkpoints

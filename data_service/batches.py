@@ -7,6 +7,7 @@ is recomputed and compared before a run goes on; which shards are read when, far
 Does not cover: data that changes in place; a shard's sha256 is checked when it is first opened.
 """
 
+import hashlib
 import heapq
 import threading
 from collections import OrderedDict
@@ -179,6 +180,23 @@ class Batches:
             name = self._names[source]
             found.append((name, epoch, self._shard_name(name, shard), window))
         return found
+
+    def sample_digest(self, step: int) -> bytes:
+        """The sha256 of what a step consumes, in the order of its sequences.
+
+        Of each: source, epoch, window, and its shard by the shard's own sha256, not by its name.
+        """
+        samples, _ = self._samples(step, 0, self.global_batch_size)
+        contents = np.empty(self.global_batch_size, dtype="V32")
+        for number in np.unique(samples.sources).tolist():
+            mine = samples.sources == number
+            table = self._sources[self._names[number]].shards("train")
+            contents[mine] = table.sha256s[samples.shards[mine]]
+        names = [self._names[number] for number in samples.sources.tolist()]
+        digest = hashlib.sha256(canonical_json(names))
+        for column in (samples.epochs.astype("<i8"), samples.windows.astype("<i8"), contents):
+            digest.update(column.tobytes())
+        return digest.digest()
 
     def uses(self, step: int) -> Iterator[ShardUse]:
         """Which shards are read from `step` on, in the order of their first step; endless.

@@ -106,6 +106,7 @@ class ShardTable(Sequence[ShardEntry]):
         self.tokens: npt.NDArray[np.int64] = columns["tokens"]
         self.shard_bytes: npt.NDArray[np.int64] = columns["bytes"]
         self.mask_bytes: npt.NDArray[np.int64] = columns["mask_bytes"]
+        self.sha256s: npt.NDArray[np.void] = columns["sha256"]
         self._columns = dict(columns)
         _check_names(self.names, where)
         for name in _SIZES:

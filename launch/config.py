@@ -67,6 +67,10 @@ class RunConfig:
     """Seconds between saves, beside the interval in steps; 0 for none."""
     local_tier: str = ""
     """Folder of this host, best on a RAM disk, for more frequent snapshots; empty for none."""
+    grace_seconds: float = 12.0
+    """From a notice to the deadline, where no supervisor tells it; the process has left by then."""
+    on_divergence: Literal["warn", "stop"] = "warn"
+    """What a step that is made again after a resume, and gives other bits, does to the run."""
     wait_for_saves: bool = False
     """Hold up training until each save is committed; needs half the memory."""
     take_over: bool = False
@@ -88,6 +92,11 @@ class RunConfig:
             raise ConfigurationError(
                 "save_interval_seconds must be a number from 0, which turns it off; got "
                 f"{self.save_interval_seconds}"
+            )
+        if not 1.0 < self.grace_seconds < math.inf:
+            raise ConfigurationError(
+                "grace_seconds must be a number above 1, the second that leaving takes; got "
+                f"{self.grace_seconds}"
             )
         if not 0.0 <= self.cache_gigabytes < math.inf:
             raise ConfigurationError(
@@ -124,6 +133,8 @@ KINDS = {
     "config": "runtime",
     "save_interval": "runtime",
     "save_interval_seconds": "runtime",
+    "grace_seconds": "runtime",
+    "on_divergence": "runtime",
     "wait_for_saves": "runtime",
     "local_tier": "runtime",
     "take_over": "runtime",

@@ -6,7 +6,7 @@ it recorded: from then on it is part of the run, whoever dies next.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -164,8 +164,11 @@ class LiveData:
         editor: Editor,
         remote: RemoteData,
         position: int,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> None:
+        """`while_waiting` is called while data is waited for; what it raises ends the wait."""
         self.batches = batches
+        self._while_waiting = while_waiting
         self._editor = editor
         self._remote = remote
         self._waited_before = 0.0
@@ -207,7 +210,13 @@ class LiveData:
     def _loaded(self, batches: Batches, step: int) -> Loader:
         self._remote.follow(batches, step)
         mine = [(self._mine.start, self._mine.stop)]
-        return Loader(batches, mine, start_step=step, before_step=self._remote.at)
+        return Loader(
+            batches,
+            mine,
+            start_step=step,
+            while_waiting=self._while_waiting,
+            before_step=self._remote.at,
+        )
 
 
 def _is_recorded(request: Request, plans: Sequence[RecordedPlan]) -> bool:

@@ -35,8 +35,9 @@ from checkpointing.tier import (
 from data_service.edits import KIND as EDIT
 from launch.config import RunConfig
 from launch.editing import ASKED, LiveData
-from launch.notice import Notice
+from launch.grace import Grace
 from launch.phase import Phase
+from launch.proof import Proof, nothing_recorded, recorded_steps
 from launch.world import World
 from storage.canonical import sha256_hex
 from storage.errors import ConfigurationError, FencedError, StoreUnavailableError
@@ -44,7 +45,8 @@ from storage.requests import Inbox, Request
 from storage.store import Store
 from trainer.loop import LoopConfig, Surroundings
 from trainer.metrics import Metrics
-from trainer.step import Flags
+from trainer.state import with_unsaid
+from trainer.step import Flags, StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +206,15 @@ class Keeper:
             edit=edit,
         )
 
-    def save(self, step: int, *, validation_loss: float | None, healthy: bool, wait: bool) -> bool:
+    def save(
+        self,
+        step: int,
+        *,
+        validation_loss: float | None,
+        healthy: bool,
+        wait: bool,
+        unsaid: dict[str, Any] | None = None,
+    ) -> bool:
         """Begin to save; wait for the end of it if asked to, here or by the configuration."""
         self._last_save = self._clock()
         self._begun = True
@@ -213,11 +223,26 @@ class Keeper:
             self._asked = [request for request in self._asked if request not in self._told]
             self._told = []
         state = self._capture(step)
+        if unsaid is not None:
+            state = with_unsaid(state, unsaid)
         self._saver.begin(state, step=step, healthy=healthy, validation_loss=validation_loss)
         if wait or self._config.wait_for_saves:
             self._phase("wait_for_save")
             return self._saver.finish() == step
         return True
+
+    def finish_saves(self) -> int | None:
+        """Wait for the saves in flight; the newest step that was committed in this start."""
+        return self._saver.finish()
+
+    @property
+    def saved_step(self) -> int | None:
+        """The newest step that was committed in this start."""
+        return self._saver.newest_step
+
+    def save_seconds(self) -> float:
+        """How long a save that begins now takes, behind that in flight; 0 before the first."""
+        return self._saver.seconds_left + self._saver.seconds_until_durable
 
     def save_locally(self, step: int, healthy: bool) -> None:
         """Begin a snapshot to the local tier, if there is one."""
@@ -340,9 +365,10 @@ def surroundings(
     world: World,
     keeper: Keeper,
     data: LiveData,
-    notice: Notice,
+    grace: Grace,
     phase: Phase,
     beats: Beats | None,
+    proof: Proof,
     measured: Callable[[], dict[str, float]] = dict,
 ) -> Surroundings:
     """The loop's view of this process. A fenced process stops as one that got a notice.
@@ -352,8 +378,21 @@ def surroundings(
 
     def flags() -> Flags:
         told = keeper.flags()
-        stop = told.stop or notice.requested() or (beats is not None and beats.fenced)
-        return replace(told, stop=stop)
+        stop = told.stop or grace.requested() or (beats is not None and beats.fenced)
+        held = proof.holds_back
+        return replace(
+            told,
+            stop=stop,
+            saving=told.saving or held,
+            saving_locally=told.saving_locally or held,
+            no_time=grace.no_time() or (held and grace.requested()),
+        )
+
+    def stepped(step: int, position: int, result: StepResult) -> None:
+        grace.step_is_over()
+        proof.step(
+            step, lambda: data.batches.sample_digest(position), result.loss, result.gradient_norm
+        )
 
     return Surroundings(
         rank=world.rank,
@@ -368,7 +407,39 @@ def surroundings(
         save_locally=keeper.save_locally,
         wait_for_copy=keeper.wait_for_copy,
         data_metrics=measured,
+        finish_saves=keeper.finish_saves,
+        abandon=grace.gives_up,
+        stopping=grace.requested,
+        stepped=stepped,
         edited=lambda step: data.answer(keeper.take_edits(), step),
+    )
+
+
+def resume_proof(
+    config: RunConfig,
+    world: World,
+    store: Store,
+    owner: Incarnation | None,
+    step: int,
+    committed_by: int,
+) -> Proof:
+    """The proof of a resume from `step`, which generation `committed_by` had committed, 0 for none.
+
+    The generation before may have recorded as much: a snapshot of it may have been adopted.
+    """
+
+    def look() -> dict[str, Any]:
+        assert owner is not None, "rank 0 owns the run"
+        if owner.generation == 1:
+            return nothing_recorded()
+        oldest = min(committed_by, owner.generation) - 1
+        return recorded_steps(store, owner.records, owner.generation, step, oldest)
+
+    return Proof(
+        world.on_rank_0(look),
+        restored_step=step,
+        stop=config.on_divergence == "stop",
+        leader=world.rank == 0,
     )
 
 

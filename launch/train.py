@@ -56,6 +56,7 @@ def train(config: "RunConfig", notice: Notice, phase: Phase, ledger: TimeLedger)
     from launch.caching import RemoteData
     from launch.data import open_batches
     from launch.editing import Editor, LiveData
+    from launch.grace import Grace, deadline_file
     from launch.logs import set_up_logging
     from launch.opening import open_run
     from launch.running import (
@@ -64,15 +65,20 @@ def train(config: "RunConfig", notice: Notice, phase: Phase, ledger: TimeLedger)
         loop_config,
         open_metrics,
         open_tier,
+        resume_proof,
         surroundings,
     )
     from launch.world import joined_world
+    from storage.errors import StopRequestedError
     from storage.store import open_store
     from trainer.loop import Loop
-    from trainer.state import capture, restore_state, resume_position
+    from trainer.state import capture, restore_state, resume_position, unsaid
 
     with ExitStack() as stack:
-        world = stack.enter_context(joined_world())
+        grace = Grace(notice, phase, seconds=config.grace_seconds, deadline_file=deadline_file())
+        stack.enter_context(grace)
+        with grace.at_once():  # the others may never come
+            world = stack.enter_context(joined_world())
         set_up_logging(world.rank, phase)
         config = settled(config, world)
         store = open_store(config.run)
@@ -84,8 +90,10 @@ def train(config: "RunConfig", notice: Notice, phase: Phase, ledger: TimeLedger)
         beats = Beats(store, owner, phase.place) if owner else None
         if owner is not None and beats is not None:
             ledger.reached = reached_before(store, history(owner.records), owner.generation)
-            beats.more = lambda: {"time": ledger.told()}
+            beats.more = lambda: {"time": ledger.told(), **grace.beat()}
             stack.enter_context(beats)
+            grace.leave = beats.leave
+            stack.callback(grace.settle)
 
         tier = open_tier(config, world, store, owner)  # a snapshot may be newer than any checkpoint
         remote = stack.enter_context(RemoteData(config))
@@ -93,12 +101,13 @@ def train(config: "RunConfig", notice: Notice, phase: Phase, ledger: TimeLedger)
         batches = editor.answer_waiting(open_batches(config, world, owner, phase, remote))
         training = build_training(config, world, batches)
 
-        step, position, parent = 0, 0, None
-        loaded = restore(store, owner, world, announce=phase)
+        step, position, parent, committed_by, row = 0, 0, None, 0, None
+        loaded = restore(store, owner, world, announce=phase, before_object=grace.check)
         if loaded is not None:
             step = restore_state(training, loaded, batches=batches, seed=config.seed)
             position = resume_position(batches, loaded.exact)
-            parent = loaded.checkpoint.index
+            parent, committed_by = loaded.checkpoint.index, loaded.checkpoint.generation
+            row = unsaid(loaded)
             phase.step = step
             logger.info(
                 "going on from step %d, saved by generation %d", step, loaded.checkpoint.generation
@@ -107,17 +116,28 @@ def train(config: "RunConfig", notice: Notice, phase: Phase, ledger: TimeLedger)
         if owner is not None:
             sweep(store, owner)
 
-        metrics = open_metrics(config, store, owner, step, stack) if owner else None
-        data = stack.enter_context(LiveData(config, world, batches, editor, remote, position))
+        proof = resume_proof(config, world, store, owner, step, committed_by)
+        said = step if row is None else step - 1
+        metrics = open_metrics(config, store, owner, said, stack) if owner else None
+        data = LiveData(config, world, batches, editor, remote, position, grace.check)
+        stack.enter_context(data)
 
         def now(step: int) -> "TrainingState":
             return capture(training, step, batches=data.batches, seed=config.seed)
 
         keeper = Keeper(config, world, store, owner, metrics, now, phase, parent, tier)
         stack.enter_context(keeper)
+        grace.save_seconds = keeper.save_seconds
+        grace.saved_step = lambda: step if keeper.saved_step is None else keeper.saved_step
         if beats is not None:
             beats.afterwards = keeper.beat
-            beats.more = lambda: {"time": ledger.told(), **keeper.told(), **remote.beat()}
+            beats.more = lambda: {
+                "time": ledger.told(),
+                **keeper.told(),
+                **remote.beat(),
+                **proof.beat(),
+                **grace.beat(),
+            }
         stack.callback(remote.close)  # before the loader, which may be waiting for it
         remote.waited_seconds = ledger.waited_seconds = lambda: data.waited_seconds
         ledger.stalled_seconds = lambda: keeper.stalled_seconds
@@ -126,12 +146,14 @@ def train(config: "RunConfig", notice: Notice, phase: Phase, ledger: TimeLedger)
             training,
             batches,
             data,
-            surroundings(world, keeper, data, notice, phase, beats, remote.measured),
+            surroundings(world, keeper, data, grace, phase, beats, proof, remote.measured),
             loop_config(config),
             seed=config.seed,
             max_steps=config.schedule.max_steps,
         )
-        if not loop.run(step, position):
+        if any(world.gather(grace.requested())):
+            raise StopRequestedError(f"asked to stop before step {step + 1} was begun")
+        if not loop.run(step, position, row):
             return START_AGAIN
         if owner is not None:
             finish(owner)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import count
+from threading import Event
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -66,6 +67,11 @@ def _late_rows(data: LiveData, batches: Batches, step: int) -> Any:
     return SimpleNamespace(next=late, close=loader.close, waited_seconds=0.0)
 
 
+def _hang(*arguments: object) -> None:
+    """A store that answers no more."""
+    Event().wait()
+
+
 _flags, _save_locally, _loaded = Keeper.flags, Keeper.save_locally, LiveData._loaded
 
 CONTROLS: dict[str, tuple[str, Callable[..., object]]] = {
@@ -73,10 +79,12 @@ CONTROLS: dict[str, tuple[str, Callable[..., object]]] = {
     "rng_key": ("trainer.step.keyed_randomness", _keyless),
     "cursor": ("trainer.state.resume_position", lambda batches, exact: 0),
     "scaler": ("trainer.state.restore_scaler", lambda scaler, state: None),
+    "generators": ("trainer.state.restore_generators", lambda state: None),
     "moments": ("trainer.state.restore_optimizer", _forgotten_moments),
     "late_edit": ("launch.editing.LiveData._loaded", _late_rows),
     "prompt": ("launch.running.Keeper.flags", _prompt_flags),  # not broken: for tests of requests
     "whole_snapshots": ("launch.running.Keeper.save_locally", _whole_snapshots),  # nor this one
+    "hung_save": ("checkpointing.save.write", _hang),  # not broken: for tests of deadlines
     "causal": ("torch.nn.functional.scaled_dot_product_attention", _seeing_ahead),
     "learning_rate": ("trainer.step.learning_rate", _forgotten_rate),
 }

@@ -23,7 +23,7 @@ PINS: dict[str, set[str]] = {
     "torch.distributed": {"trainer/reduction.py", "launch/world.py"},
     "bitsandbytes": {"trainer/optimizer.py"},
     "signal": {"launch/notice.py"},
-    "os.environ": {"launch/world.py"},
+    "os.environ": {"launch/world.py", "launch/grace.py"},  # who we are; where the deadline is
     "os.getenv": set(),
     "os.putenv": set(),
     "tiktoken": {"data_service/tokenizer.py"},

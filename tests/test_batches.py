@@ -559,3 +559,45 @@ def test_the_batches_are_frozen(sources: dict[str, Source]) -> None:
         batches.cursor(50)["digest"]
         == "dbf431bb73faeed8628c95e57a58ae2d12dd1c17a04f8ff68e114828bc31b991"
     )
+
+
+def digests(batches: Batches, steps: int = 40) -> list[bytes]:
+    return [batches.sample_digest(step) for step in range(steps)]
+
+
+def test_the_digest_of_a_step_is_of_its_samples_alone(sources: dict[str, Source]) -> None:
+    """The same in any order of asking, after edits of later steps, wherever shards lie."""
+    batches = made(sources)
+    found = digests(batches)
+    assert len({*found}) == len(found)
+    again = made(sources)
+    assert [again.sample_digest(step) for step in reversed(range(40))] == found[::-1]
+    last = list(sources.values())[1:]
+    edited = made(sources, batches.plan.appended(segment_of(last, from_step=30)))
+    assert digests(edited)[:30] == found[:30]
+    assert digests(edited)[30:] != found[30:]
+
+
+def test_the_digest_of_a_step_sees_order_mixture_and_contents(
+    sources: dict[str, Source], tmp_path: Path
+) -> None:
+    found = digests(made(sources), 1)
+    others = {
+        "seed": made(sources, seed=8),
+        "lanes": made(sources, lanes=2),
+        "mixture": made(sources, plan_of(list(sources.values()), [[(0, 1)], [(0, 1)]])),
+    }
+    renamed = {"code": made_source(tmp_path / "a", "code", train=(400, 33, 250, 9, 3), start=6)}
+    others["contents"] = made(renamed | {"web": sources["web"]})
+    assert [name for name, other in others.items() if digests(other, 1) == found] == []
+    same = made_source(tmp_path / "b", "code", train=(400, 33, 250, 9, 3), start=5)
+    assert digests(made({"code": same, "web": sources["web"]}), 1) == found
+
+
+def test_the_digest_of_a_step_sees_two_sequences_exchanged(sources: dict[str, Source]) -> None:
+    batches = made(sources)
+    before = batches.sample_digest(0)
+    [block] = batches._blocks.values()
+    for column in block.samples:
+        column[[0, 1]] = column[[1, 0]]
+    assert batches.sample_digest(0) != before

@@ -312,3 +312,11 @@ def test_weights_over_steps_are_given_by_name_and_the_last_wins(tmp_path: Path) 
 def test_weights_that_mean_nothing_are_refused(weights: str, message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         parse_config(["--data=a=x/a", f"--weights={weights}"])
+
+
+@pytest.mark.parametrize("seconds", ["1", "-3", "nan", "inf"])
+def test_a_grace_too_short_to_leave_in_is_refused(
+    seconds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([f"--grace_seconds={seconds}"]) == 78
+    assert "grace_seconds must be a number above 1, the second that" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import math
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -67,8 +68,12 @@ def found_in_world(
     micro_batch_size: int = 2,
     precision: Precision = "fp32",
     seen: list[Tensor] | None = None,
+    stopping: dict[int, Callable[[], bool]] | None = None,
 ) -> list[dict[str, float]]:
-    """The result on every rank of a world. `seen` gets the tokens of every forward pass."""
+    """The result on every rank of a world. `seen` gets the tokens of every forward pass.
+
+    `stopping` is by rank.
+    """
     gathering = Gathering(size)
 
     def forward(tokens: Tensor) -> Tensor:
@@ -92,6 +97,7 @@ def found_in_world(
             rank=rank,
             world_size=size,
             gather=gathering.of(rank),
+            stopping=(stopping or {}).get(rank, lambda: False),
         )
 
     with ThreadPoolExecutor(size) as pool:
@@ -227,3 +233,14 @@ def test_perplexity_is_the_exponential(loss: float) -> None:
 @pytest.mark.parametrize("loss", [700.0, 1e6, math.inf])
 def test_perplexity_of_a_hopeless_model_is_infinite(loss: float) -> None:
     assert perplexity(loss) == math.inf
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_one_process_that_is_to_stop_gives_the_evaluation_up_for_all(size: int) -> None:
+    """Between two micro-batches; the others have done theirs by then."""
+    seen: list[Tensor] = []
+    asked = iter([False, True])
+    stopping = {size - 1: lambda: next(asked)}
+    found = found_in_world(size, made(), windows_of(), SOURCES, seen=seen, stopping=stopping)
+    assert found == [None] * size
+    assert len(seen) < 6

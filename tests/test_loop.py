@@ -15,6 +15,7 @@ from data_service.batches import Batches
 from data_service.loader import StepRows
 from launch.build import build_training
 from launch.config import RunConfig
+from launch.grace import Grace
 from launch.phase import Phase
 from launch.world import World
 from storage.errors import ConfigurationError, DataError, FencedError, StoreUnavailableError
@@ -25,9 +26,10 @@ from trainer.loop import Loop, LoopConfig, Surroundings
 from trainer.model import ModelConfig
 from trainer.sample import sample
 from trainer.schedule import ScheduleConfig
-from trainer.step import BatchConfig, Flags, TrainStep
+from trainer.step import BatchConfig, Flags, StepResult, TrainStep
 
 CPU = torch.device("cpu")
+SMALL = BatchConfig(global_batch_size=2, micro_batch_size=2, virtual_ranks=1)
 STEP = ["step", "micro_batch", "reduce", "update:before", "wait_for_copy", "update:after"]
 NEVER = {
     "eval_interval_steps": 0,
@@ -66,6 +68,8 @@ class Recorder:
         rank: int = 0,
         rows: Callable[[int], StepRows] | None = None,
         data_metrics: Callable[[], dict[str, float]] = dict,
+        announce: Callable[[str, int], None] = lambda phase, step: None,
+        grace: Grace | None = None,
     ) -> None:
         self.events: list[tuple[int, str]] = []
         """(finished steps, what)"""
@@ -73,6 +77,9 @@ class Recorder:
         self.saves: list[tuple[int, float | None, bool]] = []
         self.waits: list[bool] = []
         self.positions: list[int] = []
+        self.unsaid: list[dict[str, Any] | None] = []
+        """Of each save."""
+        self.stepped: list[tuple[int, int]] = []
         self.fenced = False
         self.training = training
         self._batches = batches
@@ -84,7 +91,13 @@ class Recorder:
         self._rank = rank
         self._rows = rows or (lambda step: StepRows(self._batches.batch(step), None))
         self._data_metrics = data_metrics
-        self._phase = Phase(lambda phase, step: self.events.append((step, phase)))
+        self._announce = announce
+        self._grace = grace
+        self.phase = Phase(self._hear)
+
+    def _hear(self, phase: str, step: int) -> None:
+        self.events.append((step, phase))
+        self._announce(phase, step)
 
     def next(self, step: int) -> StepRows:
         self.positions.append(step)
@@ -96,15 +109,19 @@ class Recorder:
             world_size=1,
             device=CPU,
             gather=lambda value: [value],
-            announce=self._phase,
+            announce=self.phase,
             flags=self._flags,
             record=self._record,
             save=self._keep,
-            put_off=lambda step: self._phase("put_off"),
-            save_locally=lambda step, healthy: self._phase("save_locally"),
-            wait_for_copy=lambda: self._phase("wait_for_copy"),
+            put_off=lambda step: self.phase("put_off"),
+            save_locally=lambda step, healthy: self.phase("save_locally"),
+            wait_for_copy=lambda: self.phase("wait_for_copy"),
             data_metrics=self._data_metrics,
             edited=self._edited,
+            finish_saves=self._finish_saves,
+            abandon=self._grace.gives_up if self._grace else lambda done, of: False,
+            stopping=self._grace.requested if self._grace else lambda: False,
+            stepped=self._stepped,
         )
         options = NEVER | {"sample_tokens": 3, "eval_windows": 4} | config
         return Loop(
@@ -121,38 +138,58 @@ class Recorder:
         return [step for step, event in self.events if event == name]
 
     def _record(self, row: dict[str, Any]) -> None:
-        self._phase("record")
+        self.phase("record")
         self.rows.append(row)
 
     def _flags(self) -> Flags:
-        step = self._phase.step + 1
+        step = self.phase.step + 1
+        grace = self._grace
         return Flags(
-            stop=step >= self._stop_at,
+            stop=step >= self._stop_at or (grace is not None and grace.requested()),
+            no_time=grace is not None and grace.no_time(),
             saving=self._saving(step),
             save_due=self._save_due(step),
             edit=step in self._edits,
         )
 
     def _edited(self, step: int) -> Batches:
-        self._phase("edit")
+        self.phase("edit")
         self._batches = self._edits[step]
         return self._batches
 
-    def _keep(self, step: int, *, validation_loss: float | None, healthy: bool, wait: bool) -> bool:
+    def _stepped(self, step: int, position: int, result: StepResult) -> None:
+        self.stepped.append((step, position))
+        if self._grace is not None:
+            self._grace.step_is_over()
+
+    def _finish_saves(self) -> int | None:
+        self.phase("finish_saves")
+        return self.saves[-1][0] if self.saves else None
+
+    def _keep(
+        self,
+        step: int,
+        *,
+        validation_loss: float | None,
+        healthy: bool,
+        wait: bool,
+        unsaid: dict[str, Any] | None,
+    ) -> bool:
         if self.fenced:
             raise FencedError("a later incarnation owns the run")
-        self._phase("save")
+        self.phase("save")
+        self.unsaid.append(unsaid)
         self.saves.append((step, validation_loss, healthy))
         self.waits.append(wait)
         return self._save(step)
 
 
-def made_training(batches: Batches) -> TrainStep:
+def made_training(batches: Batches, batch: BatchConfig = SMALL) -> TrainStep:
     config = RunConfig(
         seed=5,
         model=ModelConfig(n_layer=1, n_head=2, n_embd=16, context=8),
         schedule=ScheduleConfig(max_steps=50, warmup_steps=2),
-        batch=BatchConfig(global_batch_size=2, micro_batch_size=2, virtual_ranks=1),
+        batch=batch,
     )
     return build_training(config, World(0, 1, CPU, "none"), batches)
 

@@ -289,7 +289,8 @@ def test_a_notice_while_the_store_hangs_for_good_still_ends_the_program(
             patch.setattr(
                 storage.store, "open_store", lambda u: store if u == url else open_store(u)
             )
-            assert train_here("--run", url, *data, *SHAPE, listener=listener) == 75
+            patience = "--grace_seconds=600"  # the store's time-outs end it, not the deadline
+            assert train_here("--run", url, *data, *SHAPE, patience, listener=listener) == 75
         assert "could not be saved, for the reason in the warning above" in capsys.readouterr().err
         hanging.on.clear()
         release.set()

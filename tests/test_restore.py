@@ -12,7 +12,12 @@ from checkpointing.incarnation import Incarnation
 from checkpointing.load import Loaded
 from checkpointing.restore import restore
 from checkpointing.save import save
-from storage.errors import FencedError, NoUsableCheckpointError, StoreUnavailableError
+from storage.errors import (
+    FencedError,
+    NoUsableCheckpointError,
+    StopRequestedError,
+    StoreUnavailableError,
+)
 from storage.log import Log
 from storage.store import LocalStore
 from tests.groups import ThreadGroup, on_ranks
@@ -211,3 +216,24 @@ def test_what_the_network_changes_is_seen_on_every_rank(tmp_path: Path) -> None:
     for error in on_ranks(2, work):
         assert isinstance(error, StoreUnavailableError)
         assert "has arrived differently on rank 1" in str(error) or "on rank 0" in str(error)
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_rank_that_is_asked_to_stop_while_it_reads_ends_the_restore_on_all(
+    asked: int, tmp_path: Path
+) -> None:
+    store = LocalStore(tmp_path)
+    owner = with_checkpoints(store, 1)
+
+    def work(group: ThreadGroup) -> object:
+        def before_object() -> None:
+            if group.rank == asked:
+                raise StopRequestedError("asked to stop in phase 'restore'")
+
+        mine = owner if group.rank == 0 else None
+        return restore(store, mine, group, before_object=before_object)
+
+    for found in on_ranks(2, work):
+        assert isinstance(found, StopRequestedError)
+        assert str(found) == "asked to stop in phase 'restore'"
+    assert quarantined(store) == []

@@ -18,6 +18,7 @@ from checkpointing import beats, write
 from checkpointing.asks import ask
 from checkpointing.history import history
 from checkpointing.incarnation import Incarnation, claim_run
+from checkpointing.load import load
 from checkpointing.save import TrainingState
 from data_service.batches import Batches
 from data_service.edits import KIND as EDIT
@@ -34,7 +35,7 @@ from storage.store import FsspecStore, LocalStore
 from tests.made_sources import made_source, plan_of
 from tests.programs import checkpoints, curve, final_digest, train_here
 from trainer.metrics import Metrics
-from trainer.state import capture
+from trainer.state import capture, unsaid
 from trainer.step import Flags
 
 CPU = torch.device("cpu")
@@ -329,6 +330,14 @@ def test_a_save_is_told_with_its_step_and_digest(
     assert f"complete: 6 steps, digest {final_digest(run)}" in told
 
 
+def grace_of(noticed: bool) -> Any:
+    return SimpleNamespace(
+        requested=lambda: noticed,
+        no_time=lambda: noticed,
+        gives_up=lambda done, of: False,
+    )
+
+
 @pytest.mark.parametrize(
     ("noticed", "fenced", "stops"),
     [(False, False, False), (True, False, True), (False, True, True), (False, None, False)],
@@ -336,21 +345,62 @@ def test_a_save_is_told_with_its_step_and_digest(
 def test_a_notice_or_a_fence_asks_the_loop_to_stop(
     noticed: bool, fenced: bool | None, stops: bool, store: LocalStore
 ) -> None:
-    notice: Any = SimpleNamespace(requested=lambda: noticed)
     beating: Any = None if fenced is None else SimpleNamespace(fenced=fenced)
-    kept, data = keeper(store, ALONE, None, None), SimpleNamespace()
-    around = surroundings(ALONE, kept, data, notice, Phase(), beating)  # type: ignore[arg-type]
-    assert around.flags() == Flags(stop=stops)
+    kept = keeper(store, ALONE, None, None)
+    data: Any = SimpleNamespace()
+    proof: Any = SimpleNamespace(holds_back=False)
+    around = surroundings(ALONE, kept, data, grace_of(noticed), Phase(), beating, proof)
+    assert around.flags() == Flags(stop=stops, no_time=noticed)
+
+
+@pytest.mark.parametrize("noticed", [False, True])
+def test_what_is_not_proved_yet_is_not_saved(noticed: bool, store: LocalStore) -> None:
+    kept = keeper(store, ALONE, None, None)
+    data: Any = SimpleNamespace()
+    proof: Any = SimpleNamespace(holds_back=True)
+    grace = grace_of(noticed)
+    grace.no_time = lambda: False
+    around = surroundings(ALONE, kept, data, grace, Phase(), None, proof)
+    expected = Flags(saving=True, saving_locally=True, stop=noticed, no_time=noticed)
+    assert around.flags() == expected
+
+
+def test_each_step_is_timed_and_proved_by_the_batch_that_it_had(store: LocalStore) -> None:
+    told: list[Any] = []
+    grace, data = grace_of(noticed=False), SimpleNamespace()
+    grace.step_is_over = lambda: told.append("over")
+    data.batches = SimpleNamespace(sample_digest=lambda position: b"%d" % position)
+    proof: Any = SimpleNamespace(
+        step=lambda step, samples, *bits: told.append((step, samples(), *bits))
+    )
+    kept = keeper(store, ALONE, None, None)
+    around = surroundings(ALONE, kept, data, grace, Phase(), None, proof)  # type: ignore[arg-type]
+    result: Any = SimpleNamespace(loss=2.5, gradient_norm=0.5)
+    around.stepped(8, 7, result)
+    assert told == ["over", (8, b"7", 2.5, 0.5)]
+
+
+def test_a_keeper_knows_what_it_saved_and_how_long_a_save_takes(
+    store: LocalStore, trainable: Callable[..., Keeper]
+) -> None:
+    row = {"step": 3, "loss": 2.5}
+    with trainable(store, claimed(store)) as kept:
+        assert (kept.saved_step, kept.finish_saves(), kept.save_seconds()) == (None, None, 0.0)
+        assert kept.save(3, validation_loss=None, healthy=True, wait=True, unsaid=row)
+        assert (kept.saved_step, kept.finish_saves()) == (3, 3)
+        assert kept.save_seconds() > 0.0
+    [saved] = checkpoints(store.root)
+    assert unsaid(load(store, saved)) == row
 
 
 def test_the_loop_sees_this_place_in_the_world(store: LocalStore) -> None:
     world, phase = World(2, 1, CPU, "none"), Phase()
     kept = keeper(store, world, None, None)
     world.size = 3
-    notice: Any = SimpleNamespace(requested=lambda: False)
     asked: list[Any] = []
     data: Any = SimpleNamespace(answer=lambda edits, step: asked.append((edits, step)))
-    around = surroundings(world, kept, data, notice, phase, None)
+    proof: Any = SimpleNamespace()
+    around = surroundings(world, kept, data, grace_of(noticed=False), phase, None, proof)
     around.edited(7)
     assert asked == [([], 7)]
     assert (around.rank, around.world_size, around.device) == (2, 3, CPU)

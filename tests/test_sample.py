@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from storage.errors import StopRequestedError
 from trainer.model import GPT, ModelConfig, initial_model
 from trainer.sample import sample
 
@@ -135,3 +136,10 @@ def test_no_more_tokens_than_asked_and_the_prompt_stays(tokens: int) -> None:
 
 def test_dropout_is_off() -> None:
     assert drawn(made(dropout=0.5).train(), PROMPT) == drawn(made(), PROMPT)
+
+
+def test_a_sample_is_given_up_before_the_next_token() -> None:
+    asked = iter([False, False, True])
+    with pytest.raises(StopRequestedError, match="asked to stop while a sample was drawn"):
+        drawn(made(), PROMPT, stopping=lambda: next(asked))
+    assert next(asked, None) is None

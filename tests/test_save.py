@@ -293,6 +293,23 @@ def test_begin_returns_while_the_store_has_not_answered(held: Held) -> None:
     assert_stored(held, 1, state(1))
 
 
+def test_how_long_saves_take_is_measured(held: Held) -> None:
+    now = 0.0
+    held.let_go.set()
+    with Saver(held, claimed(held), Solo(), clock=lambda: now) as saver:
+        assert (saver.seconds_until_durable, saver.seconds_left) == (0.0, 0.0)
+        for step, seconds in enumerate([3.0, 900.0, 5.0], 1):  # an outage does not count for all
+            hold = threading.Event()
+            saver._writer.submit(hold.wait, 60)
+            saver.begin(state(step), step=step)
+            left = saver.seconds_left
+            now += seconds
+            hold.set()
+            saver.finish()
+        assert left == 451.5, "the median of 3 and 900"
+        assert (saver.seconds_until_durable, saver.seconds_left) == (5.0, 0.0)
+
+
 def test_tensors_overwritten_while_the_upload_waits_do_not_change_what_is_stored(
     held: Held,
 ) -> None:

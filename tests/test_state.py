@@ -20,6 +20,7 @@ from data_service.batches import Batches
 from launch.build import build_training
 from launch.config import RunConfig
 from launch.world import World
+from storage.canonical import canonical_json
 from storage.errors import DataError, IntegrityError
 from tests.made_sources import made_source, plan_of
 from trainer.model import ModelConfig
@@ -32,6 +33,8 @@ from trainer.state import (
     restore_generators,
     restore_state,
     resume_position,
+    unsaid,
+    with_unsaid,
 )
 from trainer.step import BatchConfig, Flags, TrainStep
 
@@ -356,3 +359,15 @@ def test_a_cursor_that_the_data_does_not_give_is_refused(
     )
     with pytest.raises(DataError, match="the data does not continue the checkpoint at step 2"):
         resume_position(other, loaded.exact)
+
+
+def test_what_a_step_has_not_said_is_in_its_checkpoint(batches: Batches) -> None:
+    """Also a loss that is not a number; and it changes no digest, which `extra` has no part in."""
+    state = TrainingState(tensors={}, exact={"step": 3}, extra={"generators": {}})
+    row = {"step": 3, "loss": 0.1 + 0.2, "gradient_norm": float("inf"), "tokens/a": 5}
+    kept = with_unsaid(state, row)
+    canonical_json(dict(kept.extra))
+    parts: Any = {"checkpoint": None, "tensors": {}, "exact": kept.exact}
+    assert unsaid(Loaded(**parts, extra=dict(kept.extra))) == row
+    assert unsaid(Loaded(**parts, extra=dict(state.extra))) is None
+    assert (kept.exact, kept.tensors) == (state.exact, state.tensors)

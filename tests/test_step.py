@@ -20,7 +20,15 @@ from trainer.numerics import Precision, make_scaler
 from trainer.optimizer import OptimizerConfig, make_optimizer
 from trainer.reduction import GradientReducer
 from trainer.schedule import ScheduleConfig, learning_rate
-from trainer.step import BatchConfig, Flags, StepResult, StepSettings, TrainStep, reduced_length
+from trainer.step import (
+    Abandoned,
+    BatchConfig,
+    Flags,
+    StepResult,
+    StepSettings,
+    TrainStep,
+    reduced_length,
+)
 
 CPU = torch.device("cpu")
 SCHEDULE = ScheduleConfig(max_steps=20, learning_rate=1e-2, warmup_steps=2)
@@ -93,7 +101,9 @@ def run(
     flags: Callable[[], Flags] = Flags,
     announce: Callable[[str], None] = lambda phase: None,
 ) -> StepResult:
-    return training.run(step, rows, learn, flags=flags, announce=announce)
+    result = training.run(step, rows, learn, flags=flags, announce=announce)
+    assert isinstance(result, StepResult)
+    return result
 
 
 def gradients_at(
@@ -505,3 +515,83 @@ def test_a_step_announces_its_phases_in_order_and_leaves_no_gradients() -> None:
 def test_impossible_batches_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         BatchConfig(**changes)
+
+
+def state_bits(training: TrainStep) -> list[Tensor]:
+    """Everything that a step may change."""
+    items = [v for state in training.optimizer.state.values() for v in state.values()]
+    moments = [v.clone() for v in items if isinstance(v, Tensor)]
+    scaler = [torch.tensor(float(v)) for v in training.scaler.state_dict().values()]
+    return [*weights(training), *moments, *scaler, torch.get_rng_state()]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_given_up_between_micro_batches_changes_nothing(precision: Precision) -> None:
+    batch = BatchConfig(global_batch_size=8, micro_batch_size=2, virtual_ranks=3)
+    unbroken = made(batch, precision=precision, dropout=0.2)
+    training = made(batch, precision=precision, dropout=0.2)
+    for step in range(3):
+        run(unbroken, step, rows_of(8, seed=step))
+    run(training, 0, rows_of(8, seed=0))
+    before = state_bits(training)
+    asked: list[tuple[int, int]] = []
+    for last in range(5):
+
+        def abandon(done: int, of: int, last: int = last) -> bool:
+            asked.append((done, of))
+            return done == last
+
+        found = abandoned(training, 1, rows_of(8, seed=1), abandon)
+        assert found.flags == Flags(abandon=True)
+        assert asked == [(done, 5) for done in range(last + 1)]
+        assert same_bits(state_bits(training), before)
+        assert all(p.grad is None for p in training.model.parameters())
+        asked.clear()
+    assert abandoned(training, 1, None, lambda done, of: False).flags.abandon
+    for step in (1, 2):
+        run(training, step, rows_of(8, seed=step))
+    assert same_bits(state_bits(training), state_bits(unbroken))
+
+
+def abandoned(
+    training: TrainStep, step: int, rows: Tensor | None, abandon: Callable[[int, int], bool]
+) -> Abandoned:
+    found = training.run(step, rows, flags=Flags, announce=lambda phase: None, abandon=abandon)
+    assert isinstance(found, Abandoned)
+    return found
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_process_that_gives_a_step_up_does_so_for_all(
+    size: int, exact: bool, worlds: Worlds
+) -> None:
+    """Whoever it is; and what another tells beside it is heard. Then the step is made anew."""
+    batch = BatchConfig(global_batch_size=11, micro_batch_size=1, virtual_ranks=5)
+    made_anew = made(batch, exact=exact)
+    if exact:
+        run(made_anew, 0, rows_of(11))
+    for who in range(size):
+        trainings = [made(batch, exact=exact, rank=rank, world_size=size) for rank in range(size)]
+
+        def work(
+            rank: int, who: int = who, trainings: list[TrainStep] = trainings
+        ) -> tuple[StepResult | Abandoned, list[Tensor], list[Tensor]]:
+            torch.set_num_threads(1)
+            training, mine = trainings[rank], batch.rows_of(rank, size)
+            rows = rows_of(11)[mine.start : mine.stop]
+            result = training.run(
+                0,
+                None if (rank, who) == (0, 0) else rows,
+                flags=lambda: Flags(no_time=rank != who),
+                announce=lambda phase: None,
+                abandon=lambda done, of: rank == who and done == 1,
+            )
+            after = weights(training)
+            run(training, 0, rows)
+            return result, after, weights(training)
+
+        for result, after, anew in worlds.run(size, work):
+            assert result == Abandoned(flags=Flags(abandon=True, no_time=True))
+            assert same_bits(after, weights(made(batch)))
+            assert same_bits(anew, weights(made_anew)) or not exact

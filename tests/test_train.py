@@ -102,7 +102,7 @@ def test_a_notice_in_the_last_step_leaves_a_complete_run(
         if (phase, step) == ("micro_batch", 1):
             signal.raise_signal(signal.SIGTERM)
 
-    one_micro_batch = ("--virtual_ranks=1", "--micro_batch_size=8")
+    one_micro_batch = ("--virtual_ranks=1", "--micro_batch_size=8", "--grace_seconds=600")
     arguments = ("--run", tmp_path / "run", *data, *SHAPE, *one_micro_batch)
     assert train_here(*arguments, listener=listener) == 0
 

@@ -20,6 +20,8 @@ from trainer.losses import (
 from trainer.model import GPT
 from trainer.numerics import Precision, autocast
 
+_GIVEN_UP = "given up"
+
 
 @torch.no_grad()
 def evaluate(
@@ -36,12 +38,15 @@ def evaluate(
     world_size: int,
     gather: Callable[[Any], list[Any]],
     announce: Callable[[str], None] = lambda phase: None,
-) -> dict[str, float]:
+    stopping: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Loss in nats a token and perplexity, over all windows and by source.
 
     `windows` is (W, T + 1) int64, `sources` names the source of each, `learn` is (W, T) bool: the
     targets that count, at least one of each source; None means all. Micro-batch j is the work of
     process j mod world_size. Losses of windows are summed in float64 in their order.
+
+    `stopping` is asked before each micro-batch; None on every process when it said yes on one.
     """
     announce("evaluate")
     model.eval()
@@ -51,11 +56,16 @@ def evaluate(
     for j, start in enumerate(starts):
         if j % world_size != rank:
             continue
+        if stopping():
+            own = {_GIVEN_UP: []}
+            break
         part = slice(start, start + micro_batch_size)
         with autocast(precision, device):
             logits = forward(windows[part, :-1].to(device))
         own[str(j)] = sequence_losses(token_losses(logits, targets[part].to(device))).tolist()
     found = {j: losses for one in gather(own) for j, losses in one.items()}
+    if _GIVEN_UP in found:
+        return None
     losses = [loss for j in range(len(starts)) for loss in found[str(j)]]
     learnt = learnt_tokens(targets).tolist()
     result = {"validation_loss": mean_loss(losses, learnt)}

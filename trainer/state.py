@@ -4,7 +4,9 @@ Every part is named in exactly one place for saving and one for restoring; a mis
 unexpected item is an error, never a default.
 """
 
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,6 +70,17 @@ def restore_state(training: TrainStep, loaded: Loaded, *, batches: Batches, seed
     except KeyError as error:
         raise IntegrityError(f"the checkpoint lacks the state of generators: {error}") from error
     return int(exact["step"])
+
+
+def with_unsaid(state: TrainingState, row: Mapping[str, Any]) -> TrainingState:
+    """The state with the row of its step, which has yet to be completed and recorded."""
+    return replace(state, extra={**state.extra, "unsaid": json.dumps(dict(row))})  # it may have NaN
+
+
+def unsaid(loaded: Loaded) -> dict[str, Any] | None:
+    """The row that `with_unsaid` added, None where all was said."""
+    row = loaded.extra.get("unsaid")
+    return None if row is None else dict(json.loads(row))
 
 
 def resume_position(batches: Batches, exact: Mapping[str, Any]) -> int:

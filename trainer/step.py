@@ -6,7 +6,7 @@ steps; not on how many processes share the work.
 
 import math
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -68,13 +68,17 @@ class Flags:
     stop: bool = False
     """It was asked to stop."""
     saving: bool = False
-    """A save of it is in flight."""
+    """A save of it is in flight, or may not begin yet."""
     saving_locally: bool = False
-    """A snapshot of it to the local tier is in flight."""
+    """A snapshot of it to the local tier is in flight, or may not begin yet."""
     save_due: bool = False
     """A save is due by the clock, or an operator asked for one."""
     edit: bool = False
     """An operator asked for an edit of the plan."""
+    abandon: bool = False
+    """It gives this step up: what has been added up so far is not applied, by nobody."""
+    no_time: bool = False
+    """The emergency save must not begin: it would not be durable by the deadline."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +96,13 @@ class StepResult:
     """By sequence of the global batch: the sum over its learnt tokens, in nats."""
     learnt: tuple[int, ...]
     """By sequence of the global batch: how many tokens are learnt."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Abandoned:
+    """A step that a process gave up between micro-batches: no state has changed, on any process."""
+
+    flags: Flags
 
 
 class TrainStep:
@@ -116,37 +127,61 @@ class TrainStep:
         self._parameters = [p for p in model.parameters() if p.requires_grad]
         size, self._length = settings.batch.global_batch_size, gradient_length(model)
         self._flags = slice(self._length, self._length + len(fields(Flags)))
+        self._micro_batches = sum(
+            len(range(0, len(settings.batch.share(v)), settings.batch.micro_batch_size))
+            for v in range(
+                *hosted_range(settings.rank, settings.world_size, settings.batch.virtual_ranks)
+            )
+        )
         self._losses = slice(self._flags.stop, self._flags.stop + size)
         self._learnt = slice(self._losses.stop, self._losses.stop + size)
 
     def run(
         self,
         step: int,
-        rows: Tensor,
+        rows: Tensor | None,
         learn: Tensor | None = None,
         *,
         flags: Callable[[], Flags],
         announce: Callable[[str], None],
         before_update: Callable[[], None] = lambda: None,
-    ) -> StepResult:
+        abandon: Callable[[int, int], bool] = lambda done, of: False,
+    ) -> StepResult | Abandoned:
         """Make the step after `step` finished ones.
 
         `rows` is this process's part of the global batch, (rows, T + 1) int64 on the device, and
         `learn` (rows, T) bool: whether each target counts; None means all. A batch in which none
         does has a gradient of zero, and what the moments and the decay make of that.
         `before_update` is called before the state changes: a copy of it may be under way.
+
+        `abandon` is asked before each micro-batch, with how many are done of how many that this
+        process has. Once it says yes, or without `rows`, this process computes nothing more, and
+        tells so with its flags: the exchange that every step makes is the agreement. Then nobody
+        updates; dropout is keyed and the scaler is not told, so that the step can be made anew.
         """
         settings = self._settings
         rate = learning_rate(step, settings.schedule)
         set_learning_rate(self.optimizer, rate)
         self.model.train()
+        done, given_up = 0, rows is None
+
+        def goes_on() -> bool:
+            nonlocal done, given_up
+            given_up = given_up or abandon(done, self._micro_batches)
+            done += 1
+            return not given_up
 
         def accumulate(virtual_rank: int, vector: Tensor) -> None:
-            self._accumulate(step, virtual_rank, rows, learn, vector, announce)
-            vector[self._flags] += torch.tensor(astuple(flags()), device=vector.device)
+            if rows is not None and not given_up:
+                self._accumulate(step, virtual_rank, rows, learn, vector, announce, goes_on)
+            mine = replace(flags(), abandon=given_up)
+            vector[self._flags] += torch.tensor(astuple(mine), device=vector.device)
 
         total = self._reducer.reduce(accumulate, announce)
         told, losses, counts = self._told(total)
+        if rows is None or told.abandon:
+            self._let_go(total)
+            return Abandoned(flags=told)
         self._point_gradients_into(total)
         gradient = total[: self._length]
         tokens, learnt = len(counts) * (rows.shape[1] - 1), sum(counts)
@@ -155,9 +190,7 @@ class TrainStep:
         announce("update:before")
         norm = self._update(gradient, before_update)
         announce("update:after")
-        for parameter in self._parameters:
-            parameter.grad = None
-        self._reducer.release(total)
+        self._let_go(total)
         return StepResult(
             loss=mean_loss(losses, counts),
             gradient_norm=norm,
@@ -175,10 +208,12 @@ class TrainStep:
         learn: Tensor | None,
         vector: Tensor,
         announce: Callable[[str], None],
+        goes_on: Callable[[], bool],
     ) -> None:
         """Add the gradient of a virtual rank's share into `vector`, and write its losses there.
 
         Each sequence has a place of its own, zero from all others: sums of that are exact.
+        Ends early once `goes_on` says no.
         """
         settings, batch = self._settings, self._settings.batch
         share = batch.share(virtual_rank)
@@ -188,6 +223,8 @@ class TrainStep:
         starts = range(share.start, share.stop, batch.micro_batch_size)
         for micro_batch, start in enumerate(starts):
             announce("micro_batch")
+            if not goes_on():
+                return
             stop = min(start + batch.micro_batch_size, share.stop)
             own = slice(start - first, stop - first)
             targets = targets_of(rows[own], None if learn is None else learn[own])
@@ -208,6 +245,12 @@ class TrainStep:
         counts, losses, learnt = (total[part].tolist() for part in parts)
         raised = {field.name: count > 0 for field, count in zip(fields(Flags), counts, strict=True)}
         return Flags(**raised), tuple(losses), tuple(map(int, learnt))
+
+    def _let_go(self, total: Tensor) -> None:
+        """The end of a step, whether it was applied or not."""
+        for parameter in self._parameters:
+            parameter.grad = None
+        self._reducer.release(total)
 
     def _point_gradients_into(self, vector: Tensor) -> None:
         """Make every `.grad` a view of the flat vector, in the order of the parameters."""
