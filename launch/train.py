@@ -82,7 +82,8 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
         if beats is not None:
             stack.enter_context(beats)
 
-        tier = open_tier(config, world, store, owner)  # a snapshot may be newer than any checkpoint
+        # A snapshot may be newer than any checkpoint.
+        tier = open_tier(config, world, store, owner, run.generation)
         remote = stack.enter_context(RemoteData(config))
         editor = Editor(config, world, store, owner, phase, remote)
         batches = editor.answer_waiting(open_batches(config, world, owner, phase, remote))
@@ -129,7 +130,7 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
             return START_AGAIN
         if owner is not None:
             finish(owner)
-            keeper.forget_tier()
+        keeper.forget_tier()
         return COMPLETE
 
 
