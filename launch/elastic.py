@@ -21,8 +21,9 @@ VARIABLE = "RANGEFLOW_RENDEZVOUS"
 PORT = 29400
 """torchrun's own, or any that is free."""
 CONNECT_SECONDS = 2.0
-LAST_CALL_SECONDS = 5
-"""How long a world that could begin waits for more hosts; torchrun's own is 30."""
+SETTINGS = "last_call_timeout=5,keep_alive_interval=2,keep_alive_max_attempt=5"
+"""A world that could begin waits 5 s for more hosts (torchrun's own is 30), and who has been silent
+for 10 s is no member (15)."""
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
@@ -75,7 +76,7 @@ class Elastic:
             return None
         place, holds = found
         given = _option(self._arguments, "rdzv-conf") or ""
-        settings = [f"last_call_timeout={LAST_CALL_SECONDS}", given, f"is_host={int(holds)}"]
+        settings = [SETTINGS, given, f"is_host={int(holds)}"]
         interface = self._environment("GLOO_SOCKET_IFNAME") or interface_of(address)
         return Joined(
             place=place,

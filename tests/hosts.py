@@ -18,9 +18,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 
@@ -145,6 +145,21 @@ class Host:
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout
+
+    def process(self, number: int) -> int:
+        """The process that a program of this host knows by this number, as this machine counts."""
+        space = str(Path(f"/proc/{self._init.pid}/ns/pid").readlink())
+        for pid in processes_of(space):
+            with suppress(OSError):
+                status = Path(f"/proc/{pid}/status").read_text()
+                if re.search(rf"^NSpid:.*\t{number}$", status, re.MULTILINE):
+                    return pid
+        raise AssertionError(f"{self.name} has no process {number}")
+
+    @property
+    def namespace(self) -> int:
+        """Process 1, by which this machine finds the host's network."""
+        return self._init.pid
 
     def cut(self) -> None:
         """From now on nothing comes or goes, and nobody is told."""
@@ -281,13 +296,13 @@ def _why_not() -> str:
     return re.sub(r"\s+", " ", tried.stderr).strip() if tried.returncode else ""
 
 
-def processes_of(namespace: str) -> list[Any]:
+def processes_of(namespace: str) -> list[int]:
     """Processes whose process namespace is this one, as /proc names it."""
     found = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
             if str((place / "ns" / "pid").readlink()) == namespace:
-                found.append(place.name)
+                found.append(int(place.name))
         except OSError:
             continue  # it has ended
     return found

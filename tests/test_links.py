@@ -1,0 +1,125 @@
+"""The loss of a host is noticed by every host that is left, and nothing else is taken for it."""
+
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+
+import pytest
+
+from launch import links
+from launch.links import watched_hosts
+from tests.groups import ThreadGroup, on_ranks
+from tests.hosts import enter_network, network
+
+HOSTS = (range(0, 2), range(2, 3), range(3, 4))
+"""Ranks by host."""
+
+
+def host_of(rank: int) -> int:
+    return next(number for number, ranks in enumerate(HOSTS) if rank in ranks)
+
+
+def member(group: ThreadGroup) -> ThreadGroup:
+    group.host_ranks = HOSTS[host_of(group.rank)]  # type: ignore[attr-defined]
+    return group
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels ask after one second, and once more."""
+    for name, value in {"IDLE_SECONDS": 1, "ASK_SECONDS": 1, "QUESTIONS": 2}.items():
+        monkeypatch.setattr(links, name, value)
+
+
+def test_a_host_that_is_cut_off_is_missed_and_misses_the_others(hasty: None) -> None:
+    lost: dict[int, str] = {}
+    seen = threading.Event()
+    linked = threading.Barrier(5)
+    with network(3) as lan:
+
+        def missing(rank: int) -> Callable[[str], None]:
+            def tell(host: str) -> None:
+                lost[rank] = host
+                if len(lost) == 2:
+                    seen.set()
+
+            return tell
+
+        def one(group: ThreadGroup) -> None:
+            enter_network(lan[host_of(group.rank)].namespace)
+            with watched_hosts(member(group), lan[0].address, missing(group.rank)):  # type: ignore[arg-type]
+                linked.wait(60)
+                assert seen.wait(60)
+                group.gather(None)
+
+        def cut() -> None:
+            linked.wait(60)
+            lan[2].cut()
+
+        threading.Thread(target=cut).start()
+        assert on_ranks(4, one) == [None] * 4
+        assert lost == {0: lan[2].address, 3: lan[0].address}
+
+
+def test_processes_that_end_are_not_taken_for_lost_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In order or killed: the others' ends close their sockets. And one host watches nothing."""
+    lost: list[str] = []
+
+    def one(group: ThreadGroup) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(watched_hosts(member(group), "127.0.0.1", lost.append))  # type: ignore[arg-type]
+            if group.rank == 2:
+                stack.close()
+            group.gather(None)
+
+    assert on_ranks(4, one) == [None] * 4
+    monkeypatch.setattr(links, "_listener", None)
+
+    def alone(group: ThreadGroup) -> None:
+        group.host_ranks = range(2)  # type: ignore[attr-defined]
+        with watched_hosts(group, "", lost.append):  # type: ignore[arg-type]
+            pass
+
+    assert on_ranks(2, alone) == [None] * 2
+    assert lost == []
+
+
+def test_whoever_else_calls_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    listen = links._listener
+    strangers: list[socket.socket] = []
+
+    def called() -> socket.socket:
+        listener = listen()
+        stranger = socket.create_connection(("127.0.0.1", listener.getsockname()[1]))
+        stranger.sendall(b"GET / HTTP/1.1\r\nHost: somebody.example\r\n\r\n")
+        strangers.append(stranger)
+        return listener
+
+    monkeypatch.setattr(links, "_listener", called)
+
+    def one(group: ThreadGroup) -> None:
+        with watched_hosts(member(group), "127.0.0.1", pytest.fail):  # type: ignore[arg-type]
+            group.gather(None)
+
+    assert on_ranks(4, one) == [None] * 4
+    with strangers[0] as stranger, suppress(ConnectionResetError):
+        assert stranger.recv(1) == b""
+
+
+def test_a_network_that_lets_no_connection_through_is_told_of_and_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(links, "_JOIN_SECONDS", 0.05)
+
+    def refuse(*place: object, **rest: object) -> socket.socket:
+        raise ConnectionRefusedError("nobody there")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+
+    def one(group: ThreadGroup) -> None:
+        with watched_hosts(member(group), "127.0.0.1", pytest.fail):  # type: ignore[arg-type]
+            pass
+
+    assert on_ranks(4, one) == [None] * 4
+    assert "the loss of a host will be noticed late" in caplog.text
