@@ -120,7 +120,7 @@ def run_of(arguments: Sequence[str]) -> str:
 
 
 def own_address(towards: str = "192.0.2.1") -> str:
-    """The address by which this host sends to others (nothing is sent: RFC 5737)."""
+    """The IPv4 address by which this host sends to others (nothing is sent: RFC 5737)."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((towards, 9))

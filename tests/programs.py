@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ class Program:
         stops: Sequence[tuple[str, int]] = (),
         world: int = 1,
         control: str = "none",
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         fifo = Path(self._folder.name, "stops")
@@ -53,7 +54,12 @@ class Program:
             command = [*torchrun, f"--nproc_per_node={world}", "--", *program]
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            command, cwd=ROOT, text=True, stdout=self._output, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+            text=True,
+            stdout=self._output,
+            stderr=subprocess.STDOUT,
         )
 
     def __enter__(self) -> "Program":

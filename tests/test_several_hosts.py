@@ -39,27 +39,43 @@ SHAPE = (
 
 
 class Cluster:
-    """Hosts that train one run with torchrun."""
+    """Hosts that train one run."""
 
     def __init__(self, lan: Network, folder: Path, arguments: Sequence[str | Path]) -> None:
         self.lan = lan
         self.agents: list[Running] = []
         self._arguments = arguments
-        self._fifo = folder / "stops"
-        os.mkfifo(self._fifo)
-        self._reader = os.open(self._fifo, os.O_RDWR)
+        self._fifos = [folder / f"stops{number}" for number in range(len(lan.hosts))]
+        for fifo in self._fifos:
+            os.mkfifo(fifo)
+        self._readers = [os.open(fifo, os.O_RDWR) for fifo in self._fifos]
         self._stopped = 0
 
     def join(self, *, ranks: int = 1, stop: str = "", flags: Sequence[str] = ()) -> Running:
-        """The next host comes. Only the first one's rank stops, at `stop`, in every incarnation."""
+        """The next host comes, with torchrun. Rank 0 stops at `stop` in every incarnation."""
         host = self.lan[len(self.agents)]
         settings = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
-        agent = host.python(
+        return self._start(
             *("-m", "torch.distributed.run", "--nnodes=1:4", f"--nproc-per-node={ranks}"),
             *("--rdzv-backend=c10d", f"--rdzv-endpoint={self.lan[0].address}:29400"),
             f"--rdzv-conf=is_host={int(host is self.lan[0])},{settings}",
-            *("--rdzv-id=job", f"--local-addr={host.address}", "--max-restarts=9", "--"),
-            *(ROOT / "tests" / "killable.py", self._fifo, stop, "none"),
+            *("--rdzv-id=job", f"--local-addr={host.address}", "--max-restarts=9"),
+            stop=stop,
+            flags=flags,
+        )
+
+    def join_agreeing(self, nodes: str, *, stop: str = "") -> Running:
+        """The next host comes, and finds out by itself where the others are."""
+        return self._start(
+            *(ROOT / "tests" / "outer_loop.py", f"--nnodes={nodes}", "--max-restarts=0"),
+            stop=stop,
+            flags=(),
+        )
+
+    def _start(self, *program: str | Path, stop: str, flags: Sequence[str]) -> Running:
+        number = len(self.agents)
+        agent = self.lan[number].python(
+            *(*program, "--", ROOT / "tests" / "killable.py", self._fifos[number], stop, "none"),
             *(*self._arguments, *flags),
             GLOO_SOCKET_IFNAME="eth0",
             TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
@@ -71,11 +87,10 @@ class Cluster:
     def stopped(self) -> int:
         """Wait until rank 0 has stopped; how many steps are finished."""
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        while not select.select([self._reader], [], [], 1.0)[0]:
-            assert self.agents[0]._process.poll() is None, self.agents[0].output()
-            assert time.monotonic() < deadline, self.agents[0].output()
-        pid, step = os.read(self._reader, 100).split()
-        self._stopped = self.lan[0].process(int(pid))
+        while not (ready := select.select(self._readers, [], [], 1.0)[0]):
+            assert time.monotonic() < deadline, self.output()
+        pid, step = os.read(ready[0], 100).split()
+        self._stopped = self.lan[self._readers.index(ready[0])].process(int(pid))
         stat = Path(f"/proc/{self._stopped}/stat")
         while stat.read_text().rpartition(")")[2].split()[0] != "T":
             assert time.monotonic() < deadline
@@ -86,8 +101,12 @@ class Cluster:
         """Let rank 0 go on."""
         os.kill(self._stopped, signal.SIGCONT)
 
+    def output(self) -> str:
+        return "\n".join(agent.output() for agent in self.agents)
+
     def close(self) -> None:
-        os.close(self._reader)
+        for reader in self._readers:
+            os.close(reader)
 
 
 @contextmanager
@@ -97,6 +116,8 @@ def cluster(hosts: int, folder: Path, *arguments: str | Path) -> Iterator[Cluste
         made = Cluster(lan, folder, arguments)
         try:
             yield made
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{made.output()}") from error
         finally:
             made.close()
 
@@ -142,3 +163,61 @@ def test_a_world_grows_by_a_host_and_shrinks_when_one_is_preempted(
     assert final_digest(run) == final_digest(alone)
     assert rows(run) == rows(alone)
     assert curve(run) == curve(alone)
+
+
+@pytest.mark.soak
+def test_a_walk_over_1_2_3_4_and_1_hosts_gives_the_same_bits(
+    alone: Path, tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    """The second brings two processes: worlds of 1, 3, 4, 5 and 1. Three hosts lose power."""
+    run = tmp_path / "run"
+    with cluster(4, tmp_path, "--run", run, *data, *SHAPE) as made:
+        first = made.join(stop="step=3")
+        for count, ranks in enumerate((2, 1, 1), start=1):
+            made.stopped()
+            made.join(ranks=ranks)
+            first.says("Detected 1 new nodes", times=count)
+            made.go_on()
+        at = made.stopped()
+        for host in made.lan.hosts[1:]:
+            host.kill()
+        made.go_on()
+        first.says("has not answered for 20 s")
+        assert made.stopped() < at, "only what was saved when the last host came is left"
+        made.go_on()
+        assert first.end() == 0
+    assert worlds(run) == [1, 3, 4, 5, 1]
+    assert final_digest(run) == final_digest(alone)
+    assert rows(run) == rows(alone)
+
+
+@pytest.mark.soak
+def test_without_the_host_where_they_met_the_others_meet_elsewhere_and_it_comes_back(
+    alone: Path, tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    """Host 0 is cut off with the rendezvous and rank 0. Two hosts are needed, so it cannot go on
+    alone; the others go on with what their local tiers hold, and when it is healed it joins them.
+    """
+    run, tier = tmp_path / "run", tmp_path / "tier"
+    tier.mkdir()
+    flags = ("--local_interval_steps=2", "--local_tier", tier)
+    with cluster(3, tmp_path, "--run", run, *data, *SHAPE, *flags) as made:
+        for host in made.lan.hosts:
+            host.call("mount", "-t", "tmpfs", "memory", tier)
+            made.join_agreeing("2:3", stop="step=7")
+            made.agents[-1].says("the hosts meet at")
+        assert "number 1, on host0" in made.agents[2].output()
+        assert made.stopped() == 6
+        made.lan[0].cut()
+        made.go_on()
+        made.agents[1].says("has not answered for 20 s")
+        made.agents[1].says("the hosts meet at", times=2)
+        assert made.stopped() > 6, "it went on from a local snapshot, not from the beginning"
+        made.lan[0].heal()
+        made.agents[0].says("number 2, on host")
+        made.agents[1].says("new nodes")
+        made.go_on()
+        assert [agent.end() for agent in made.agents] == [0, 0, 0]
+    assert worlds(run)[0] == 3 and worlds(run)[-2:] == [2, 3]
+    assert final_digest(run) == final_digest(alone)
+    assert rows(run) == rows(alone)

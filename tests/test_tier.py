@@ -1,5 +1,8 @@
 """The local tier: what counts is committed to the run first, and what does not is left alone."""
 
+import shutil
+import signal
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from storage.log import Log
 from storage.store import LocalStore, Store
 from tests.groups import ThreadGroup, on_ranks
 from tests.programs import (
+    Program,
     checkpoints,
     curve,
     final_digest,
@@ -338,3 +342,34 @@ def test_a_killed_program_goes_on_from_its_local_snapshot(world: int, tmp_path: 
     assert final_digest(killed) == final_digest(unbroken)
     assert rows(killed) == rows(unbroken)
     assert curve(killed) == curve(unbroken)
+
+
+def test_when_rank_0s_host_is_lost_the_snapshot_of_the_host_that_is_left_saves_the_run(
+    tmp_path: Path,
+) -> None:
+    """Two processes that know of each other only that they are first on their hosts."""
+    unbroken, run = tmp_path / "unbroken", tmp_path / "run"
+    assert train_here("--run", unbroken, *SHAPE) == 0
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    places = [{**world, "RANK": rank, "LOCAL_RANK": "0"} for rank in ("0", "1")]
+    tiers = [("--local_tier", tmp_path / f"host{number}") for number in range(2)]
+    flags = ("--run", run, *SHAPE)
+    with (
+        Program(*flags, *tiers[0], stops=[("step", 10)], environment=places[0]) as lost,
+        Program(*flags, *tiers[1], environment=places[1]) as left,
+    ):
+        place = lost.stopped()
+        place.send(signal.SIGKILL)
+        assert left.end() != 0
+    assert place.step == 9 and checkpoints(run) == []
+    shutil.rmtree(tmp_path / "host0")
+    train(*flags, *tiers[1])
+    adopted = checkpoints(run)[0]
+    assert adopted.generation == 2 and adopted.step in (6, 9)
+    assert final_digest(run) == final_digest(unbroken)
+    assert rows(run) == rows(unbroken)
+    assert curve(run) == curve(unbroken)
+    assert not [path for path in (tmp_path / "host1").rglob("*") if path.is_file()]
