@@ -49,10 +49,13 @@ def in_vain(elastic: Elastic, joined: Joined) -> str:
 
 
 def has_ranks(agent: int) -> bool:
+    """Whether a rank lives. An agent that hangs leaves those that have ended as zombies."""
     try:
-        return bool(Path(f"/proc/{agent}/task/{agent}/children").read_text())
+        ranks = Path(f"/proc/{agent}/task/{agent}/children").read_text().split()
+        states = [Path(f"/proc/{rank}/stat").read_text().rpartition(")")[2] for rank in ranks]
     except OSError:
         return False
+    return any(state.split()[0] != "Z" for state in states)
 
 
 def main(arguments: list[str]) -> int:

@@ -32,7 +32,8 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(links, name, value)
 
 
-def test_a_host_that_is_cut_off_is_missed_and_misses_the_others(hasty: None) -> None:
+def losses(patience_seconds: float) -> dict[int, str]:
+    """Who misses whom when host 2 is cut off; by rank, at the end of the patience at the latest."""
     lost: dict[int, str] = {}
     seen = threading.Event()
     linked = threading.Barrier(5)
@@ -50,7 +51,7 @@ def test_a_host_that_is_cut_off_is_missed_and_misses_the_others(hasty: None) -> 
             enter_network(lan[host_of(group.rank)].namespace)
             with watched_hosts(member(group), lan[0].address, missing(group.rank)):  # type: ignore[arg-type]
                 linked.wait(60)
-                assert seen.wait(60)
+                seen.wait(patience_seconds)
                 group.gather(None)
 
         def cut() -> None:
@@ -59,7 +60,19 @@ def test_a_host_that_is_cut_off_is_missed_and_misses_the_others(hasty: None) -> 
 
         threading.Thread(target=cut).start()
         assert on_ranks(4, one) == [None] * 4
-        assert lost == {0: lan[2].address, 3: lan[0].address}
+    return lost
+
+
+def test_a_host_that_is_cut_off_is_missed_and_misses_the_others(hasty: None) -> None:
+    assert losses(patience_seconds=60) == {0: "10.77.0.3", 3: "10.77.0.1"}
+
+
+@pytest.mark.soak
+def test_without_signs_of_life_nobody_is_missed(
+    hasty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "_kept_alive", lambda link: link)
+    assert losses(patience_seconds=15) == {}
 
 
 def test_processes_that_end_are_not_taken_for_lost_hosts(monkeypatch: pytest.MonkeyPatch) -> None:

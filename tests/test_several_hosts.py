@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from checkpointing.history import History, history
 from storage.log import Log
 from storage.store import open_store
 from tests.hosts import Network, Running, network
@@ -48,10 +47,12 @@ class Cluster:
         self._fifos = [folder / f"stops{number}" for number in range(len(lan.hosts))]
         for fifo in self._fifos:
             os.mkfifo(fifo)
+        self.disable_sharing = "1"
+        """TORCH_DISABLE_SHARE_RDZV_TCP_STORE; for a negative control."""
         self._readers = [os.open(fifo, os.O_RDWR) for fifo in self._fifos]
         self._stopped = 0
 
-    def join(self, *, ranks: int = 1, stop: str = "", flags: Sequence[str] = ()) -> Running:
+    def join(self, *, ranks: int = 1, stop: str = "", restarts: int = 9) -> Running:
         """The next host comes, with torchrun. Rank 0 stops at `stop` in every incarnation."""
         host = self.lan[len(self.agents)]
         settings = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
@@ -59,9 +60,8 @@ class Cluster:
             *("-m", "torch.distributed.run", "--nnodes=1:4", f"--nproc-per-node={ranks}"),
             *("--rdzv-backend=c10d", f"--rdzv-endpoint={self.lan[0].address}:29400"),
             f"--rdzv-conf=is_host={int(host is self.lan[0])},{settings}",
-            *("--rdzv-id=job", f"--local-addr={host.address}", "--max-restarts=9"),
+            *("--rdzv-id=job", f"--local-addr={host.address}", f"--max-restarts={restarts}"),
             stop=stop,
-            flags=flags,
         )
 
     def join_agreeing(self, nodes: str, *, stop: str = "") -> Running:
@@ -69,16 +69,15 @@ class Cluster:
         return self._start(
             *(ROOT / "tests" / "outer_loop.py", f"--nnodes={nodes}", "--max-restarts=0"),
             stop=stop,
-            flags=(),
         )
 
-    def _start(self, *program: str | Path, stop: str, flags: Sequence[str]) -> Running:
+    def _start(self, *program: str | Path, stop: str) -> Running:
         number = len(self.agents)
         agent = self.lan[number].python(
             *(*program, "--", ROOT / "tests" / "killable.py", self._fifos[number], stop, "none"),
-            *(*self._arguments, *flags),
+            *self._arguments,
             GLOO_SOCKET_IFNAME="eth0",
-            TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
+            TORCH_DISABLE_SHARE_RDZV_TCP_STORE=self.disable_sharing,
             LOGLEVEL="INFO",
         )
         self.agents.append(agent)
@@ -129,40 +128,71 @@ def alone(tmp_path_factory: pytest.TempPathFactory, data: tuple[str, ...]) -> Pa
     return run
 
 
-def past(run: Path) -> History:
-    return history(Log(open_store(str(run)), whole=True).refresh())
-
-
 def worlds(run: Path) -> list[int]:
     """The number of processes of each incarnation."""
     records = Log(open_store(str(run)), whole=True).refresh()
     return [record.body["world_size"] for record in records if record.kind == "CLAIM"]
 
 
-def test_a_world_grows_by_a_host_and_shrinks_when_one_is_preempted(
+def test_a_newcomer_joins_after_the_step_in_which_it_came(
     alone: Path, tmp_path: Path, data: tuple[str, ...]
 ) -> None:
-    """Nothing is lost either way: all stop after the same step, save it, and go on from it."""
+    """The step is finished and saved; the ranks' 75 does not end torchrun; nothing is lost."""
     run = tmp_path / "run"
     with cluster(2, tmp_path, "--run", run, *data, *SHAPE) as made:
         first = made.join(stop="step=5")
         assert made.stopped() == 4
-        second = made.join()
+        made.join()
         first.says("Detected 1 new nodes")
         made.go_on()
         assert made.stopped() == 5 + 4, "going on from step 5, the one that it was in"
+        made.go_on()
+        assert [agent.end() for agent in made.agents] == [0, 0]
+    assert worlds(run) == [1, 2]
+    assert final_digest(run) == final_digest(alone)
+    assert rows(run) == rows(alone)
+    assert curve(run) == curve(alone)
+
+
+@pytest.mark.soak
+def test_without_a_store_of_its_own_a_world_that_grows_does_not_come_together(
+    tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    """torch 2.13: the ranks look for the store of a rank 0 that is not there any more."""
+    run = tmp_path / "run"
+    with cluster(2, tmp_path, "--run", run, *data, *SHAPE) as made:
+        made.disable_sharing = "0"
+        first = made.join(stop="step=5", restarts=0)
+        made.stopped()
+        made.join(restarts=0)
+        first.says("Detected 1 new nodes")
+        made.go_on()
+        assert 0 not in [agent.end() for agent in made.agents]
+    assert worlds(run) == [1]
+
+
+@pytest.mark.soak
+def test_when_a_host_is_preempted_the_others_go_on_from_the_same_step(
+    alone: Path, tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    run = tmp_path / "run"
+    with cluster(2, tmp_path, "--run", run, *data, *SHAPE) as made:
+        first = made.join(stop="step=5")
+        made.stopped()
+        second = made.join()
+        first.says("Detected 1 new nodes")
+        made.go_on()
+        assert made.stopped() == 9
         second.send(signal.SIGTERM)
         second.says("shutting down workers")
         made.go_on()
         assert second.end() != 0
-        while len(worlds(run)) < 3:
-            made.stopped()
-            made.go_on()
+        assert made.stopped() == 10 + 4
+        made.go_on()
         assert first.end() == 0, first.output()
     assert worlds(run) == [1, 2, 1]
     assert final_digest(run) == final_digest(alone)
     assert rows(run) == rows(alone)
-    assert curve(run) == curve(alone)
 
 
 @pytest.mark.soak
