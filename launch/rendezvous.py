@@ -41,7 +41,9 @@ class Reach(Enum):
 
 PATIENCE_SECONDS = {Reach.REFUSED: 20.0, Reach.SILENT: 6.0}
 """How long a place may be unreachable, once nobody lives on the run, before another is made: an
-agent that starts needs some seconds until it listens."""
+agent that starts needs some seconds until it listens. Doubled for each place since the last one
+where a world came together: on slow machines no agent would ever be given enough."""
+_MOST_DOUBLINGS = 6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,13 +90,18 @@ def place_to_judge(places: Sequence[int], owner: Owner | None) -> int | None:
     return owner.place if owner.live else None
 
 
-def judge(reach: Reach, *, mine: bool, owner: Owner | None, unreachable_seconds: float) -> Verdict:
-    """What to do about the place that matters. Beside a live owner no other is made."""
+def judge(
+    reach: Reach, *, mine: bool, owner: Owner | None, unreachable_seconds: float, in_vain: int
+) -> Verdict:
+    """What to do about the place that matters. Beside a live owner no other is made.
+
+    `in_vain` is how many places were made since a world came together.
+    """
     if reach is Reach.OPEN or mine:
         return Verdict.USE
     gone = owner is None or owner.live is False
-    patience_is_over = unreachable_seconds >= PATIENCE_SECONDS[reach]
-    return Verdict.REPLACE if gone and patience_is_over else Verdict.LOOK
+    patience_seconds = PATIENCE_SECONDS[reach] * 2 ** min(in_vain, _MOST_DOUBLINGS)
+    return Verdict.REPLACE if gone and unreachable_seconds >= patience_seconds else Verdict.LOOK
 
 
 class Watch:
@@ -188,7 +195,13 @@ class Membership:
         reach = self._reach(place.address, place.port)
         mine = place.address == self._address
         seconds = self._seconds_unreachable(number, reach)
-        verdict = judge(reach, mine=mine, owner=owner, unreachable_seconds=seconds)
+        verdict = judge(
+            reach,
+            mine=mine,
+            owner=owner,
+            unreachable_seconds=seconds,
+            in_vain=self._places_in_vain(owner),
+        )
         if verdict is Verdict.USE:
             self._unreachable = None
             return place, mine and reach is not Reach.OPEN
@@ -236,6 +249,12 @@ class Membership:
         place = Place(number=number, address=self._address, port=self._free_port(), host=self._host)
         self._store.put_if_absent(_key(number), canonical_json(asdict(place)))
         self._unreachable = None
+
+    def _places_in_vain(self, owner: Owner | None) -> int:
+        newest = max(self._places)
+        if owner is None:
+            return newest - 1
+        return newest - owner.place if owner.place in self._places else 0
 
     def _seconds_unreachable(self, number: int, reach: Reach) -> float:
         if reach is Reach.OPEN:

@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -28,8 +29,10 @@ OWNERS = [None, *(Owner(generation=1, job="j", place=1, live=live) for live in (
 
 
 def test_beside_a_live_owner_or_one_of_whom_nothing_is_known_no_place_is_made() -> None:
-    for reach, mine, owner, seconds in product(Reach, (True, False), OWNERS, (0.0, 1e9)):
-        verdict = judge(reach, mine=mine, owner=owner, unreachable_seconds=seconds)
+    for reach, mine, owner, seconds, in_vain in product(
+        Reach, (True, False), OWNERS, (0.0, 1e9), (0, 3, 1000)
+    ):
+        verdict = judge(reach, mine=mine, owner=owner, unreachable_seconds=seconds, in_vain=in_vain)
         if owner is not None and owner.live is not False:
             assert verdict is not Verdict.REPLACE
         if mine or reach is Reach.OPEN:
@@ -102,12 +105,13 @@ class World:
 class Cluster:
     """Supervisors, agents and worlds, second by second; only `Membership` is the real thing.
 
-    An agent listens after 3 s; a world begins 5 s after its last member came, and ends when the
-    members change, or 20 s after one of them cannot be reached; then its agents end.
+    An agent listens after some seconds; a world begins 5 s after its last member came, and ends
+    when the members change, or 20 s after one of them cannot be reached; then its agents end.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
+    def __init__(self, count: int, seed: int, start_seconds: float = 3.0) -> None:
         self.random = random.Random(seed)
+        self.start_seconds = start_seconds
         self.now = 0.0
         self.store = Shared(self._a_place_is_made)
         self.hosts = [Host(number) for number in range(count)]
@@ -179,7 +183,7 @@ class Cluster:
             if not self.reaches(host, other):
                 return Reach.SILENT
             listens = other.holds and other.place is not None and other.place.address == address
-            ready = listens and self.now - other.agent_since >= 3
+            ready = listens and self.now - other.agent_since >= self.start_seconds
             return Reach.OPEN if ready else Reach.REFUSED
 
         return Membership(
@@ -210,15 +214,18 @@ class Cluster:
         """Agents that are connected to the holder of their place, by its number."""
         met: dict[int, list[Host]] = {}
         for holder in self.hosts:
-            if holder.up and holder.holds and holder.place and self.now - holder.agent_since >= 3:
+            if holder.up and holder.holds and holder.place and self._has_started(holder):
                 number = holder.place.number
                 met[number] = [
                     host
                     for host in self.hosts
                     if host.place and host.place.number == number and self.reaches(host, holder)
-                    if host is holder or self.now - host.agent_since >= 3
+                    if self._has_started(host)
                 ]
         return met
+
+    def _has_started(self, host: Host) -> bool:
+        return self.now - host.agent_since >= self.start_seconds
 
     def _end_worlds(self) -> None:
         world = self.world
@@ -242,14 +249,14 @@ class Cluster:
     def _begin_worlds(self) -> None:
         for number, hosts in self._meeting().items():
             newest = max(host.agent_since for host in hosts)
-            if self.now - newest < 8:
+            if self.now - newest < self.start_seconds + 5:
                 continue
             world = self.world
             if world is None or world.ended is not None:
                 generation = world.generation + 1 if world else 1
                 members = frozenset(host.number for host in hosts)
                 self.world = World(number, members, generation, self.now)
-            elif world.place != number and self.now - newest > 30:
+            elif world.place != number and self.now - newest > self.start_seconds + 25:
                 self.busy += 1  # the claim waits for beats, hears some, and leaves
                 for host in hosts:
                     self._end_agent(host)
@@ -257,13 +264,15 @@ class Cluster:
 
 @pytest.mark.parametrize("seed", range(30))
 def test_hosts_with_random_faults_train_on_and_come_together_when_all_is_well(seed: int) -> None:
-    cluster = Cluster(count=2 + seed % 3, seed=seed)
+    """Also where an agent takes a minute until it listens, longer than anybody waits at first."""
+    start_seconds = 60.0 if seed % 3 == 2 else 3.0
+    cluster = Cluster(count=2 + seed % 4, seed=seed, start_seconds=start_seconds)
     cluster.run(600, cluster.fault)
     cluster.hosts[0].up = True
-    cluster.run(200)
+    cluster.run(200 + 20 * int(start_seconds))
     assert cluster.world is not None and cluster.world.ended is None, "parted, and all stand still"
     cluster.heal()
-    cluster.run(200)
+    cluster.run(200 + 20 * int(start_seconds))
     world = cluster.world
     assert world is not None and world.members == {host.number for host in cluster.hosts}
     assert world.ended is None and cluster.now - world.began > 60, "for good"
@@ -288,10 +297,14 @@ def test_where_the_newest_place_always_wins_the_hosts_stay_apart() -> None:
 
 
 def test_where_a_place_is_replaced_beside_a_live_run_there_are_two() -> None:
-    def hasty(reach: Reach, *, mine: bool, owner: Owner | None, **rest: float) -> Verdict:
-        return judge(reach, mine=mine, owner=None, **rest)
+    def hasty(reach: Reach, *, owner: Owner | None, **rest: Any) -> Verdict:
+        return judge(reach, owner=None, **rest)
 
     assert broken_runs("judge", hasty) > 0
+
+
+def test_where_patience_does_not_grow_slow_machines_never_meet() -> None:
+    assert broken_runs("Membership._places_in_vain", lambda self, owner: 0) > 0
 
 
 def test_an_agent_that_waits_where_nobody_comes_is_ended() -> None:
