@@ -120,6 +120,23 @@ def test_whoever_else_calls_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> No
         assert stranger.recv(1) == b""
 
 
+def test_where_ipv6_is_switched_off_ipv4_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = socket.create_server
+
+    def without(address: tuple[str, int], **rest: object) -> socket.socket:
+        if rest:
+            raise OSError("Cannot assign requested address")
+        return create(address)
+
+    monkeypatch.setattr(socket, "create_server", without)
+
+    def one(group: ThreadGroup) -> None:
+        with watched_hosts(member(group), "127.0.0.1", pytest.fail):  # type: ignore[arg-type]
+            group.gather(None)
+
+    assert on_ranks(4, one) == [None] * 4
+
+
 def test_a_network_that_lets_no_connection_through_is_told_of_and_stops_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
