@@ -39,11 +39,13 @@ class Reach(Enum):
     SILENT = "does not answer"
 
 
-PATIENCE_SECONDS = {Reach.REFUSED: 20.0, Reach.SILENT: 6.0}
-"""How long a place may be unreachable, once nobody lives on the run, before another is made: an
-agent that starts needs some seconds until it listens. Doubled for each place since the last one
-where a world came together: on slow machines no agent would ever be given enough."""
-_MOST_DOUBLINGS = 6
+PATIENCE_SECONDS = {Reach.REFUSED: 60.0, Reach.SILENT: 6.0}
+"""How long the place of the last world may be unreachable, once nobody lives on the run, before
+another is made. Where a host answers, its agent may be about to start."""
+NEW_PLACE_SECONDS = 60.0
+"""The same for a place that was made since: whoever made it lives, so it may be this host that is
+cut off. Doubled with each such place, or slow machines would never come together."""
+_MOST_DOUBLINGS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,7 +102,9 @@ def judge(
     if reach is Reach.OPEN or mine:
         return Verdict.USE
     gone = owner is None or owner.live is False
-    patience_seconds = PATIENCE_SECONDS[reach] * 2 ** min(in_vain, _MOST_DOUBLINGS)
+    patience_seconds = PATIENCE_SECONDS[reach]
+    if in_vain:
+        patience_seconds = NEW_PLACE_SECONDS * 2.0 ** min(in_vain - 1, _MOST_DOUBLINGS)
     return Verdict.REPLACE if gone and unreachable_seconds >= patience_seconds else Verdict.LOOK
 
 
@@ -225,12 +229,22 @@ class Membership:
         return found
 
     def outdated(self, place: Place) -> str:
-        """Why an agent none of whose ranks lives waits there in vain; "" when it may go on."""
+        """Why an agent none of whose ranks lives waits there in vain; "" when it may go on.
+
+        That a newer place was made by somebody who cannot be reached ends nothing: the first world
+        that comes together decides.
+        """
         self._read()
         owner = self._owner()
-        lives_there = owner is not None and owner.live and owner.place == place.number
-        if max(self._places) > place.number and not lives_there:
-            return f"the hosts meet at another place, number {max(self._places)}"
+        if owner is not None and owner.live and owner.place == place.number:
+            return ""
+        newest = self._places[max(self._places)]
+        lives_elsewhere = owner is not None and owner.live and owner.place in self._places
+        if lives_elsewhere or (
+            newest.number > place.number
+            and self._reach(newest.address, newest.port) is not Reach.SILENT
+        ):
+            return f"the hosts meet at another place than number {place.number}"
         if place.address == self._address:
             return ""
         reach = self._reach(place.address, place.port)

@@ -323,6 +323,7 @@ class Alone:
     answer: Reach = Reach.SILENT
     now: float = 0.0
     said: list[str] = field(default_factory=list)
+    reached: dict[str, Reach] = field(default_factory=dict)
 
     def member(self, address: str = "a", job: str = "j") -> Membership:
         return Membership(
@@ -331,7 +332,7 @@ class Alone:
             address=address,
             host=f"host-{address}",
             owner=lambda: self.seen,
-            reach=lambda address, port: self.answer,
+            reach=lambda address, port: self.reached.get(address, self.answer),
             free_port=lambda: 29400,
             clock=lambda: self.now,
             say=self.said.append,
@@ -410,9 +411,13 @@ def test_an_agent_waits_in_vain_when_a_newer_place_counts_or_its_own_is_gone(alo
     assert "host-a (a:29400), where the hosts meet, does not answer" in member.outdated(found[0])
     alone.answer = Reach.OPEN
     alone.store.put("rendezvous/0000000002.json", b'{"address": "c", "port": 1, "host": "c"}')
-    assert "another place, number 2" in member.outdated(found[0])
+    assert "another place than number 1" in member.outdated(found[0])
     alone.seen = Owner(generation=1, job="j", place=1, live=True)
     assert member.outdated(found[0]) == "", "a live run keeps its place"
+    alone.seen, alone.reached = None, {"c": Reach.SILENT}
+    assert member.outdated(found[0]) == "", "whoever made it may be cut off"
+    alone.seen = Owner(generation=2, job="j", place=2, live=True)
+    assert "another place than number 1" in member.outdated(found[0])
 
 
 def test_a_damaged_place_is_one_that_does_not_answer(alone: Alone) -> None:
