@@ -21,9 +21,8 @@ VARIABLE = "RANGEFLOW_RENDEZVOUS"
 PORT = 29400
 """torchrun's own, or any that is free."""
 CONNECT_SECONDS = 2.0
-SETTINGS = "last_call_timeout=5,keep_alive_interval=2,keep_alive_max_attempt=5"
-"""A world that could begin waits 5 s for more hosts (torchrun's own is 30), and who has been silent
-for 10 s is no member (15)."""
+SETTINGS = "last_call_timeout=5"
+"""A world that could begin waits so many seconds for more hosts; torchrun's own is 30."""
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 

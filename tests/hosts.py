@@ -71,14 +71,19 @@ class Running:
         """Send a signal to the program."""
         os.kill(self.pid, number)
 
-    def says(self, text: str, times: int = 1) -> None:
-        """Wait until so many lines with this text have been printed; fails when it ends before."""
+    def says(self, text: str, times: int = 1, others: Sequence["Running"] = ()) -> None:
+        """Wait until so many lines with this text have been printed; fails when it ends before.
+
+        Or when one of the `others` does.
+        """
         deadline = time.monotonic() + TIMEOUT_SECONDS
         with self._news:
             while sum(text in line for line in self._lines) < times:
                 left = deadline - time.monotonic()
                 assert not self._closed and left > 0, f"never said {text!r}: {self.output()}"
-                self._news.wait(left)
+                ended = [other.output() for other in others if other._closed]
+                assert not ended, f"ended before {text!r} was said: {ended[0]}"
+                self._news.wait(min(left, 1.0))
 
     def end(self) -> int:
         """Wait for the end; the exit code."""

@@ -55,11 +55,10 @@ class Cluster:
     def join(self, *, ranks: int = 1, stop: str = "", restarts: int = 9) -> Running:
         """The next host comes, with torchrun. Rank 0 stops at `stop` in every incarnation."""
         host = self.lan[len(self.agents)]
-        settings = "last_call_timeout=1,keep_alive_interval=1,keep_alive_max_attempt=3"
         return self._start(
             *("-m", "torch.distributed.run", "--nnodes=1:4", f"--nproc-per-node={ranks}"),
             *("--rdzv-backend=c10d", f"--rdzv-endpoint={self.lan[0].address}:29400"),
-            f"--rdzv-conf=is_host={int(host is self.lan[0])},{settings}",
+            f"--rdzv-conf=is_host={int(host is self.lan[0])},last_call_timeout=1",
             *("--rdzv-id=job", f"--local-addr={host.address}", f"--max-restarts={restarts}"),
             stop=stop,
         )
@@ -143,7 +142,7 @@ def test_a_newcomer_joins_after_the_step_in_which_it_came(
         first = made.join(stop="step=5")
         assert made.stopped() == 4
         made.join()
-        first.says("Detected 1 new nodes")
+        first.says("Detected 1 new nodes", others=made.agents)
         made.go_on()
         assert made.stopped() == 5 + 4, "going on from step 5, the one that it was in"
         made.go_on()
@@ -165,7 +164,7 @@ def test_without_a_store_of_its_own_a_world_that_grows_does_not_come_together(
         first = made.join(stop="step=5", restarts=0)
         made.stopped()
         made.join(restarts=0)
-        first.says("Detected 1 new nodes")
+        first.says("Detected 1 new nodes", others=made.agents)
         made.go_on()
         assert 0 not in [agent.end() for agent in made.agents]
     assert worlds(run) == [1]
@@ -180,7 +179,7 @@ def test_when_a_host_is_preempted_the_others_go_on_from_the_same_step(
         first = made.join(stop="step=5")
         made.stopped()
         second = made.join()
-        first.says("Detected 1 new nodes")
+        first.says("Detected 1 new nodes", others=made.agents)
         made.go_on()
         assert made.stopped() == 9
         second.send(signal.SIGTERM)
@@ -206,7 +205,7 @@ def test_a_walk_over_1_2_3_4_and_1_hosts_gives_the_same_bits(
         for count, ranks in enumerate((2, 1, 1), start=1):
             made.stopped()
             made.join(ranks=ranks)
-            first.says("Detected 1 new nodes", times=count)
+            first.says("Detected 1 new nodes", times=count, others=made.agents)
             made.go_on()
         at = made.stopped()
         for host in made.lan.hosts[1:]:
