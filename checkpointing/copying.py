@@ -42,7 +42,10 @@ Advance = Callable[[str, int, int], None]
 """Hears what is being done, how far it is, and of how much: bytes, checkpoints or records."""
 
 _CHECKPOINT = re.compile(r"checkpoints/g\d{4,}/s\d{8,}-[0-9a-f]{12}")
-_NOT_COPIED = ("log/", "checkpoints/", "beats/", "requests/", "answers/", "pins/", "probe/")
+_NOT_COPIED = (
+    *("log/", "checkpoints/", "beats/", "requests/", "answers/", "pins/", "probe/"),
+    "rendezvous/",
+)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from checkpointing.incarnation import Incarnation, claim_run
 from checkpointing.naming import RUN_KEY, create_run, read_run
 from launch.config import FIXED, RunConfig, fields_of_kind
 from launch.phase import Phase
+from launch.rendezvous import FOLDER
 from launch.world import World, fingerprint
 from storage.errors import ConfigurationError, StoreRefusedError
 from storage.log import Log
@@ -77,6 +78,7 @@ def _open(store: Store, config: RunConfig, world: World, announce: Phase) -> Inc
     body = {
         "run": run["run"],
         "job": world.job,
+        "rendezvous": world.place,
         "world_size": world.size,
         "fingerprint": fingerprint(world.device),
         "schedule": fields_of_kind(config, "schedule"),
@@ -95,7 +97,7 @@ def _open(store: Store, config: RunConfig, world: World, announce: Phase) -> Inc
 
 def _existing_run(store: Store) -> dict[str, Any] | None:
     """What run.json says, or None when the place is empty. Anything else there is refused."""
-    keys = [key for key in store.list("") if not key.startswith("probe/")]
+    keys = [key for key in store.list("") if not key.startswith(("probe/", FOLDER))]
     if RUN_KEY not in keys and keys:
         raise ConfigurationError(
             f"{store.url} holds something that is not a run ({keys[0]}"

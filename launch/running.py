@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from checkpointing.beats import Beats
+from checkpointing.group import Group
 from checkpointing.history import Checkpoint, history
 from checkpointing.incarnation import Incarnation
 from checkpointing.interval import (
@@ -30,6 +31,7 @@ from checkpointing.tier import (
     clear_tier,
     drop_records_before,
     for_tier,
+    tier_context,
     tier_store,
 )
 from data_service.edits import KIND as EDIT
@@ -40,7 +42,7 @@ from launch.phase import Phase
 from launch.proof import Proof, nothing_recorded, recorded_steps
 from launch.world import World
 from storage.canonical import sha256_hex
-from storage.errors import ConfigurationError, FencedError, StoreUnavailableError
+from storage.errors import FencedError, StoreUnavailableError
 from storage.requests import Inbox, Request
 from storage.store import Store
 from trainer.loop import LoopConfig, Surroundings
@@ -114,7 +116,7 @@ class Keeper:
             self._local = Saver(
                 tier.store,
                 tier.owner,
-                world.another(),
+                tier.group,
                 arenas=1,
                 before_commit=self.flush,
                 after_commit=lambda _: tier.retire(),
@@ -246,11 +248,17 @@ class Keeper:
 
     def save_locally(self, step: int, healthy: bool) -> None:
         """Begin a snapshot to the local tier, if there is one."""
+        if self._tier is None:
+            return
+        context = tier_context(self._past)  # rank 0's, which alone knows the run's past
+        if not self._world.one_host:
+            self.flush()  # another host's snapshot may be all that is left: its curve must be too
+            context = self._world.broadcast(context)
         if self._local is None:
             return
         state = self._capture(step)
-        if self._incarnation is not None:
-            state = for_tier(state, self._past)
+        if self._tier.owner is not None:
+            state = for_tier(state, context)
         try:
             self._local.begin(state, step=step, healthy=healthy)
         except FencedError:
@@ -262,7 +270,8 @@ class Keeper:
         """Remove what the local tier holds, once the run is complete."""
         if self._local is not None and self._tier is not None:
             self._local.__exit__(None, None, None)
-            self._tier.clear()
+            if self._tier.owner is not None:
+                self._tier.clear()
 
     def put_off(self, step: int) -> None:
         """A save is due and another in flight: that one is not tried again if it fails."""
@@ -311,21 +320,22 @@ def loop_config(config: RunConfig) -> LoopConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tier:
-    """The local tier of this host; only rank 0 owns it."""
+    """The local tier of this host, written by its `group`, whose first rank owns it."""
 
     store: Store
     owner: Incarnation | None
+    group: Group
 
     def retire(self) -> None:
         """Keep the newest snapshots."""
-        assert self.owner is not None, "rank 0 commits"
+        assert self.owner is not None, "the first rank of a host commits"
         retire(self.store, self.owner, RetentionConfig(keep_last=2))
         base = self.owner.shorten(lambda: self.store.list("checkpoints/"))
         if base is not None:
             drop_records_before(self.store, base)
 
     def clear(self) -> None:
-        """Remove everything. For rank 0."""
+        """Remove everything. For its owner."""
         try:
             clear_tier(self.store)
         except StoreUnavailableError as error:
@@ -333,32 +343,30 @@ class Tier:
 
 
 def open_tier(
-    config: RunConfig, world: World, store: Store, owner: Incarnation | None
+    config: RunConfig, world: World, store: Store, owner: Incarnation | None, generation: int
 ) -> Tier | None:
-    """The local tier, if one is asked for; what it holds of the run is first committed to it."""
+    """The local tier, if one is asked for; what any host's holds of the run is first committed."""
     if not config.local_tier:
         return None
-    if not world.one_host:
-        raise ConfigurationError(
-            "--local_tier works for the processes of one host; this run has several. Leave it out"
-        )
     run = world.on_rank_0(lambda: read_run(store)["run"])
-    tier = tier_store(config.local_tier, run, store)
-    mine: list[Incarnation] = []
-
-    def work() -> bool:
-        assert owner is not None, "rank 0 owns the run"
-        try:
-            adopt(tier, store, owner)
-            mine.append(claim_tier(tier, owner))
-        except StoreUnavailableError as error:
-            logger.warning("no local snapshots in this start: %s", error)
-            return False
-        return True
-
-    if not world.on_rank_0(work):
+    tier, host = tier_store(config.local_tier, run, store), world.of_host()
+    mine: Incarnation | None = None
+    why_not = ""
+    try:
+        adopt(tier, store, owner, world, holds=host.rank == 0)
+    except StoreUnavailableError as error:
+        why_not = str(error)
+    else:
+        if host.rank == 0:
+            try:
+                mine = claim_tier(tier, generation)
+            except StoreUnavailableError as error:
+                why_not = str(error)
+    reasons = [reason for reason in world.gather(why_not) if reason]
+    if reasons:
+        logger.warning("no local snapshots in this start: %s", reasons[0])
         return None
-    return Tier(store=tier, owner=mine[0] if mine else None)
+    return Tier(store=tier, owner=mine, group=host)
 
 
 def surroundings(

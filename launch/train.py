@@ -95,7 +95,8 @@ def train(config: "RunConfig", notice: Notice, phase: Phase, ledger: TimeLedger)
             grace.leave = beats.leave
             stack.callback(grace.settle)
 
-        tier = open_tier(config, world, store, owner)  # a snapshot may be newer than any checkpoint
+        # A snapshot may be newer than any checkpoint.
+        tier = open_tier(config, world, store, owner, run.generation)
         remote = stack.enter_context(RemoteData(config))
         editor = Editor(config, world, store, owner, phase, remote)
         batches = editor.answer_waiting(open_batches(config, world, owner, phase, remote))
@@ -157,7 +158,7 @@ def train(config: "RunConfig", notice: Notice, phase: Phase, ledger: TimeLedger)
             return START_AGAIN
         if owner is not None:
             finish(owner)
-            keeper.forget_tier()
+        keeper.forget_tier()
         return COMPLETE
 
 

@@ -2,19 +2,22 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from launch.elastic import VARIABLE
+from launch.links import watched_hosts
 from storage import errors
 from storage.errors import ConfigurationError, RangeFlowError
 
 TIMEOUT = timedelta(minutes=30)
-"""How long a collective waits: longer than preparing a corpus or loading a large checkpoint."""
+"""How long a collective waits: longer than preparing a corpus or loading a large checkpoint. The
+loss of a host is noticed sooner, by `launch.links`."""
 
 
 class World:
@@ -24,18 +27,60 @@ class World:
     """
 
     def __init__(
-        self, rank: int, size: int, device: torch.device, job: str, *, one_host: bool = True
+        self,
+        rank: int,
+        size: int,
+        device: torch.device,
+        job: str,
+        *,
+        host_ranks: range | None = None,
+        place: int = 0,
+        control: dist.ProcessGroup | None = None,
     ) -> None:
-        self.one_host = one_host
+        """`host_ranks` are those of this process's host, `place` where its hosts met."""
         self.rank = rank
         self.size = size
         self.device = device
         self.job = job
-        self._control = dist.new_group(backend="gloo", timeout=TIMEOUT) if size > 1 else None
+        self.host_ranks = range(size) if host_ranks is None else host_ranks
+        self.place = place
+        self._control = control
+        if control is None and size > 1:
+            self._control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+
+    @property
+    def one_host(self) -> bool:
+        """Whether all processes are on this host."""
+        return len(self.host_ranks) == self.size
 
     def another(self) -> "World":
         """The same processes on a channel of its own, for use by another thread of each."""
-        return World(self.rank, self.size, self.device, self.job, one_host=self.one_host)
+        return World(
+            self.rank,
+            self.size,
+            self.device,
+            self.job,
+            host_ranks=self.host_ranks,
+            place=self.place,
+        )
+
+    def of_host(self) -> "World":
+        """The processes of this host, on a channel of their own. For every process to call."""
+        hosts = sorted({tuple(ranks) for ranks in self.gather(list(self.host_ranks))})
+        groups = {
+            ranks: dist.new_group(list(ranks), backend="gloo", timeout=TIMEOUT)
+            for ranks in hosts
+            if len(ranks) > 1
+        }
+        mine = tuple(self.host_ranks)
+        return World(
+            mine.index(self.rank),
+            len(mine),
+            self.device,
+            self.job,
+            place=self.place,
+            control=groups.get(mine),
+        )
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, by rank, to every process."""
@@ -62,7 +107,7 @@ class World:
     def share(self, place: torch.Tensor, source: int) -> None:
         """Fill `place`, uint8 in CPU memory, on every process with what `source` has in its own."""
         if self._control is not None:
-            dist.broadcast(place, src=source, group=self._control)
+            dist.broadcast(place, group_src=source, group=self._control)
 
     def on_rank_0(self, work: Callable[[], Any]) -> Any:
         """What `work` returns on rank 0, as JSON, on every process; its error is raised on each."""
@@ -92,15 +137,24 @@ def joined_world() -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
-    if size > 1:
-        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    try:
-        one_host = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) == size
-        yield World(rank, size, device, job, one_host=one_host)
-    finally:
+    place = int(os.environ.get(VARIABLE, "0"))
+    with ExitStack() as stack:
         if size > 1:
-            dist.destroy_process_group()
+            backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=TIMEOUT)
+            stack.callback(dist.destroy_process_group)
+        world = World(rank, size, device, job, place=place)
+        local_ranks = world.gather(int(os.environ.get("LOCAL_RANK", "0")))
+        world.host_ranks = _of_one_host(rank, local_ranks)
+        stack.enter_context(watched_hosts(world, os.environ.get("MASTER_ADDR", "")))
+        yield world
+
+
+def _of_one_host(rank: int, local_ranks: Sequence[int]) -> range:
+    """The ranks of this rank's host, from the local rank of every rank: 0 begins a host."""
+    firsts = [one for one, local in enumerate(local_ranks) if local == 0]
+    first = max(one for one in firsts if one <= rank)
+    return range(first, min((one for one in firsts if one > rank), default=len(local_ranks)))
 
 
 def fingerprint(device: torch.device) -> dict[str, str]:

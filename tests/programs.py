@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,7 @@ class Program:
         world: int = 1,
         control: str = "none",
         fresh: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         fifo = Path(self._folder.name, "stops")
@@ -52,17 +53,18 @@ class Program:
         places = ",".join(f"{phase}={n}" for phase, n in stops)
         program = [ROOT / "tests" / "killable.py", fifo, places, control, *arguments]
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        env = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[str] | Fork | Ranks
         if fresh:
             torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
             command = [sys.executable, *([*torchrun, "--"] if world > 1 else []), *program]
             self._process = subprocess.Popen(
-                command, cwd=ROOT, text=True, stdout=self._output, stderr=subprocess.STDOUT
+                command, cwd=ROOT, env=env, text=True, stdout=self._output, stderr=subprocess.STDOUT
             )
         elif world > 1:
-            self._process = Ranks(program, [self._output] * world)
+            self._process = Ranks(program, [self._output] * world, environment=env)
         else:
-            self._process = Fork(program, output=self._output)
+            self._process = Fork(program, env=env, output=self._output)
 
     def __enter__(self) -> "Program":
         return self

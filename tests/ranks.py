@@ -4,7 +4,7 @@ import os
 import select
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
@@ -24,7 +24,12 @@ class Ranks:
     """
 
     def __init__(
-        self, program: Sequence[str | Path], outputs: Sequence[IO[Any]], job: str = ""
+        self,
+        program: Sequence[str | Path],
+        outputs: Sequence[IO[Any]],
+        job: str = "",
+        local_ranks: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         shared = {
@@ -38,8 +43,10 @@ class Ranks:
         }
         self._ranks = []
         for rank, output in enumerate(outputs):
-            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self._ranks.append(Fork(program, env={**os.environ, **shared, **place}, output=output))
+            local_rank = local_ranks[rank] if local_ranks else rank
+            place = {"RANK": str(rank), "LOCAL_RANK": str(local_rank)}
+            env = {**(os.environ if environment is None else environment), **shared, **place}
+            self._ranks.append(Fork(program, env=env, output=output))
 
     @property
     def pidfds(self) -> list[int]:

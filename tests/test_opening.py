@@ -85,7 +85,7 @@ def test_opening_leaves_nothing_but_the_run_and_its_log(store: LocalStore) -> No
 def test_a_claim_says_who_claims_and_what_for(store: LocalStore) -> None:
     opened(store, "--max_steps=9")
     body = claims(store)[0].body
-    assert (body["job"], body["world_size"]) == ("job-1", 1)
+    assert (body["job"], body["world_size"], body["rendezvous"]) == ("job-1", 1, 0)
     assert body["fingerprint"] == fingerprint(CPU)
     assert body["schedule"] == fields_of_kind(settings("--max_steps=9"), "schedule")
     assert body["accepted_changes"] == {}
@@ -185,8 +185,12 @@ def test_a_place_that_holds_something_else_is_refused_and_left_alone(
     assert store.list("") == keys
 
 
-def test_what_a_killed_probe_left_does_not_make_a_place_another_one(store: LocalStore) -> None:
-    store.put("probe/0123", b"first")
+@pytest.mark.parametrize("key", ["probe/0123", "rendezvous/0000000001.json"])
+def test_what_comes_before_a_run_does_not_make_a_place_another_one(
+    key: str, store: LocalStore
+) -> None:
+    """What a killed probe left, and where the hosts have agreed to meet."""
+    store.put(key, b"first")
     assert opened(store).generation == 1
 
 

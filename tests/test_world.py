@@ -5,7 +5,7 @@ import tempfile
 import pytest
 import torch
 
-from launch.world import fingerprint, joined_world
+from launch.world import _of_one_host, fingerprint, joined_world
 from storage import errors
 from storage.errors import FencedError
 from tests.ranks import Ranks
@@ -64,11 +64,35 @@ with joined_world() as world:
 """
 
 
-def told_by_two(program: str, *arguments: str) -> list[dict[str, object]]:
+HOSTS = """
+import json
+from launch.world import joined_world
+with joined_world() as world:
+    host = world.of_host()
+    told = {
+        "place": [world.place, list(world.host_ranks), world.one_host, host.rank, host.size],
+        "on_host": host.gather(world.rank),
+        "all": world.another().gather(world.rank),
+    }
+    print(json.dumps(told))
+"""
+
+
+def told_by_two(
+    program: str, *arguments: str, local_ranks: tuple[int, int] = (0, 1)
+) -> list[dict[str, object]]:
     """What the two processes of a world that run a program print, by rank."""
     said = []
+    environment = {**os.environ, "RANGEFLOW_RENDEZVOUS": "3"}
     with tempfile.TemporaryFile("w+") as one, tempfile.TemporaryFile("w+") as other:
-        code = Ranks(["-c", program, *arguments], [one, other], job="job-7").wait(120)
+        ranks = Ranks(
+            ["-c", program, *arguments],
+            [one, other],
+            job="job-7",
+            local_ranks=local_ranks,
+            environment=environment,
+        )
+        code = ranks.wait(120)
         for output in (one, other):
             output.seek(0)
             said.append(output.read())
@@ -87,6 +111,30 @@ def test_two_processes_tell_each_other_json_of_any_length() -> None:
         "again": [0, 1],
     }
     assert told == [expected, expected]
+
+
+def test_processes_that_are_each_first_on_their_host_are_on_two_hosts() -> None:
+    told = told_by_two(HOSTS, local_ranks=(0, 0))
+    assert [one["place"] for one in told] == [[3, [0], False, 0, 1], [3, [1], False, 0, 1]]
+    assert [one["on_host"] for one in told] == [[0], [1]]
+    told = told_by_two(HOSTS)
+    assert [one["place"] for one in told] == [[3, [0, 1], True, n, 2] for n in range(2)]
+    assert [one["on_host"] for one in told] == [[0, 1], [0, 1]]
+    assert [one["all"] for one in told] == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("local_ranks", "expected"),
+    [
+        ([0], [[0]]),
+        ([0, 1, 2], [[0, 1, 2]]),
+        ([0, 0, 1, 0, 1, 2], [[0], [1, 2], [3, 4, 5]]),
+        ([0, 0, 0], [[0], [1], [2]]),
+    ],
+)
+def test_a_local_rank_of_0_begins_a_host(local_ranks: list[int], expected: list[list[int]]) -> None:
+    found = [list(_of_one_host(rank, local_ranks)) for rank in range(len(local_ranks))]
+    assert found == [ranks for ranks in expected for _ in ranks]
 
 
 def test_what_rank_0_returns_or_raises_is_the_same_on_every_rank() -> None:

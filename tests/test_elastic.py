@@ -1,0 +1,123 @@
+"""torchrun is started with what the hosts have agreed on, and with what the user said."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from launch import elastic
+from launch.elastic import (
+    VARIABLE,
+    Elastic,
+    for_several_hosts,
+    free_port,
+    interface_of,
+    own_address,
+    reached,
+    run_of,
+)
+from launch.rendezvous import Reach
+from storage.errors import ConfigurationError
+from tests.hosts import network
+
+TRAIN = "launch/train.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), False),
+        (("--nnodes=1",), False),
+        (("--nnodes=2",), True),
+        (("--nnodes", "1:4", TRAIN), True),
+        (("--nnodes=1:1",), False),
+        (("--nnodes=1:4", "--rdzv_endpoint=a:1"), False),
+        (("--nnodes=1:4", "--rdzv-endpoint", "a:1"), False),
+        (("--standalone", "--nproc-per-node=4"), False),
+    ],
+)
+def test_hosts_agree_only_where_there_are_several_and_the_user_names_no_place(
+    arguments: tuple[str, ...], expected: bool
+) -> None:
+    assert for_several_hosts(arguments) == expected
+
+
+def test_the_run_is_found_as_training_will_find_it(tmp_path: Path) -> None:
+    assert run_of([TRAIN]) == "runs/default"
+    assert run_of([TRAIN, "--run", "a", "--run=gs://b/c"]) == "gs://b/c"
+    config = tmp_path / "config.toml"
+    config.write_text('run = "from/file"\n')
+    assert run_of([TRAIN, "--config", str(config)]) == "from/file"
+    assert run_of([TRAIN, f"--config={config}", "--run=x"]) == "x"
+    with pytest.raises(ConfigurationError, match="cannot be read"):
+        run_of([TRAIN, "--config=/nowhere.toml"])
+
+
+def test_torchrun_gets_the_place_and_keeps_what_the_user_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(elastic, "interface_of", lambda address: "eth7")
+    monkeypatch.setattr(elastic, "reached", lambda address, port: Reach.REFUSED)
+    user = [
+        "--nnodes=1:3",
+        "--local-addr=10.1.2.3",
+        "--rdzv_conf",
+        "join_timeout=60",
+        "--rdzv-id=j",
+    ]
+    told: list[str] = []
+    one = Elastic([*user, TRAIN, "--run", str(tmp_path)], lambda name: None, told.append)
+    joined = one.join(lambda seconds: True)
+    assert joined is not None
+    port = joined.place.port
+    assert joined.arguments == (
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint=10.1.2.3:{port}",
+        "--rdzv-id=j",
+        f"--rdzv-conf={elastic.SETTINGS},join_timeout=60,is_host=1",
+        "--local-addr=10.1.2.3",
+        *("--nnodes=1:3", "--local-addr=10.1.2.3", "--rdzv-id=j", TRAIN, "--run", str(tmp_path)),
+    )
+    assert joined.environment == {VARIABLE: "1", "GLOO_SOCKET_IFNAME": "eth7"}
+    assert told == [f"the hosts meet at 10.1.2.3:{port}, number 1, here"]
+    assert one.outdated(joined) == ""
+    again = Elastic([*user, TRAIN, "--run", str(tmp_path)], lambda name: "mine", told.append)
+    joined = again.join(lambda seconds: True)
+    assert joined is not None and joined.environment["GLOO_SOCKET_IFNAME"] == "mine"
+
+
+def test_a_notice_while_hosts_have_not_met_ends_the_wait(tmp_path: Path) -> None:
+    one = Elastic(["--local-addr=x", TRAIN, f"--run={tmp_path}"], lambda name: None, print)
+    assert one.join(lambda seconds: False) is None
+
+
+def test_a_host_knows_its_address_its_interface_and_what_answers() -> None:
+    with network(2) as lan:
+        program = (
+            "from launch.elastic import *; a = own_address(); p = free_port();"
+            "print(a, interface_of(a), interface_of('9.9.9.9') or None, p, reached(a, p).name)"
+        )
+        found = lan[1].call("python", "-c", program).split()
+        assert found == [lan[1].address, "eth0", "None", "29400", "REFUSED"]
+        program = f"from launch.elastic import *; print(reached('{lan[1].address}', 1).name)"
+        assert lan[0].call("python", "-c", program).split() == ["REFUSED"]
+        lan[1].cut()
+        program = f"import launch.elastic as e; e.CONNECT_SECONDS = 0.1; {program}"
+        assert lan[0].call("python", "-c", program).split() == ["SILENT"]
+
+
+def test_a_host_without_a_way_out_is_told_to_say_its_address() -> None:
+    with pytest.raises(ConfigurationError, match="give it to torchrun as --local-addr"):
+        own_address("not an address")
+
+
+def test_a_port_that_is_taken_is_left() -> None:
+
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("", free_port()))
+        taken.listen()
+        number = taken.getsockname()[1]
+        assert free_port() != number
+        assert reached("127.0.0.1", number) is Reach.OPEN
+    assert interface_of("127.0.0.1") == "lo"
