@@ -9,15 +9,20 @@ _BEFORE_TRAINING = ("open", "claim", "prepare")
 
 
 class Phase:
-    """Called with the name of each phase that is entered; `step` counts finished steps."""
+    """Called with the name of each phase that is entered; `step` counts finished steps.
+
+    `report` hears of each, `listener` also of what other threads enter.
+    """
 
     def __init__(
         self,
         listener: Callable[[str, int], None] | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
+        report: Callable[[str, int], None] = lambda phase, step: None,
     ) -> None:
         self._listener = listener
         self._stop_requested = stop_requested
+        self._report = report
         self.name = "start"
         self.step = 0
 
@@ -32,6 +37,7 @@ class Phase:
 
     def __call__(self, phase: str) -> None:
         self.name = phase
+        self._report(phase, self.step)
         if self._listener is not None:
             self._listener(phase, self.step)
         if phase.partition(":")[0] in _BEFORE_TRAINING and self._stop_requested():

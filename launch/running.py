@@ -198,6 +198,7 @@ class Keeper:
         state = self._capture(step)
         self._saver.begin(state, step=step, healthy=healthy, validation_loss=validation_loss)
         if wait or self._config.wait_for_saves:
+            self._phase("wait_for_save")
             return self._saver.finish() == step
         return True
 
@@ -326,11 +327,16 @@ def surroundings(
     phase: Phase,
     beats: Beats | None,
     measured: Callable[[], dict[str, float]] = dict,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Surroundings:
     """The loop's view of this process. A fenced process stops as one that got a notice.
 
-    `measured` gives what is added to the row of each step.
+    `measured` gives what is added to the row of each step, and `report` takes the whole of it.
     """
+
+    def record(row: dict[str, Any]) -> None:
+        keeper.record(row)
+        report(row)
 
     def flags() -> Flags:
         told = keeper.flags()
@@ -344,7 +350,7 @@ def surroundings(
         gather=world.gather,
         announce=phase,
         flags=flags,
-        record=keeper.record,
+        record=record,
         save=keeper.save,
         put_off=keeper.put_off,
         save_locally=keeper.save_locally,

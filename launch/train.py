@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # torchrun runs this file, with `launch/` in front of the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.exit_codes import COMPLETE, START_AGAIN, exit_code
+from launch.exit_codes import COMPLETE, START_AGAIN, exit_code, last_words
+from launch.minded import die_with_parent, show_stacks_when_asked
 from launch.notice import Notice
 from launch.phase import Phase
+from launch.reporting import Reporter, reporter, started_by_torchrun
 
 if TYPE_CHECKING:
     from checkpointing.save import TrainingState
@@ -32,19 +34,23 @@ def main(arguments: Sequence[str] | None = None, listener: Listener | None = Non
 
     `listener` hears each phase that is entered, with the number of finished steps.
     """
-    with Notice() as notice:  # before torch is imported, which takes seconds
+    if started_by_torchrun():
+        die_with_parent()
+        show_stacks_when_asked()
+    with Notice() as notice, reporter() as report:  # before torch is imported: that takes seconds
         try:
             from launch.config import command_line, parse_config
 
             config = parse_config(command_line() if arguments is None else arguments)
             if config is None:  # --help
                 return COMPLETE
-            return train(config, notice, Phase(listener, notice.requested))
+            phase = Phase(listener, notice.requested, report.place)
+            return report.ended(train(config, notice, phase, report))
         except Exception as error:
-            return exit_code(error)
+            return report.ended(exit_code(error), error)
 
 
-def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
+def train(config: "RunConfig", notice: Notice, phase: Phase, report: Reporter) -> int:
     """One incarnation: from the claim to the exit code."""
     from checkpointing.beats import Beats
     from checkpointing.restore import restore
@@ -80,7 +86,9 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
         owner = run.incarnation  # None on every rank but 0
         beats = Beats(store, owner, phase.place) if owner else None
         if beats is not None:
+            beats.last_words = last_words
             stack.enter_context(beats)
+            report.run(config.run, run.generation)
 
         tier = open_tier(config, world, store, owner)  # a snapshot may be newer than any checkpoint
         remote = stack.enter_context(RemoteData(config))
@@ -120,7 +128,7 @@ def train(config: "RunConfig", notice: Notice, phase: Phase) -> int:
             training,
             batches,
             data,
-            surroundings(world, keeper, data, notice, phase, beats, remote.measured),
+            surroundings(world, keeper, data, notice, phase, beats, remote.measured, report.row),
             loop_config(config),
             seed=config.seed,
             max_steps=config.schedule.max_steps,

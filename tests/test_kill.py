@@ -60,6 +60,7 @@ KILLS = (
     ("update:after", 4, 1),
     ("save:manifest", 2, 1),
     ("step", 2, 1),
+    ("wait_for_save", 1, 1),
 )
 """(phase, the how manieth time in its incarnation, world), in the order of the kills."""
 

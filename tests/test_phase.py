@@ -36,3 +36,11 @@ def test_what_another_thread_enters_is_heard_and_leaves_the_place() -> None:
     assert heard == [("micro_batch", 4), ("save:object", 4)]
     assert phase.place() == ("micro_batch", 4)
     Phase().aside("save:object")
+
+
+def test_a_report_hears_what_is_entered_and_nothing_of_other_threads() -> None:
+    heard: list[tuple[str, int]] = []
+    phase = Phase(report=lambda name, step: heard.append((name, step)))
+    phase("open")
+    phase.aside("save:object")
+    assert heard == [("open", 0)]
