@@ -31,7 +31,8 @@ def train_here(*arguments: str | Path, listener: object = None) -> int:
 class Program:
     """The training program in processes of its own, rank 0 of which stops at given phases.
 
-    `stops` are (phase, n): the nth time it is entered, counted from the stop before.
+    `stops` are (phase, n): the nth time it is entered, counted from the stop before; every start of
+    a `supervised` program stops at them anew.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Program:
         stops: Sequence[tuple[str, int]] = (),
         world: int = 1,
         control: str = "none",
+        supervised: bool = False,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
         fifo = Path(self._folder.name, "stops")
@@ -48,8 +50,11 @@ class Program:
         places = ",".join(f"{phase}={n}" for phase, n in stops)
         program = [ROOT / "tests" / "killable.py", fifo, places, control, *arguments]
         command = [sys.executable, *program]
-        if world > 1:
+        if supervised or world > 1:
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+            if supervised:
+                supervisor = ["launch.supervise", "--metadata=none", "--grace_seconds=120"]
+                torchrun[2:3] = [*supervisor, "--"]
             command = [*torchrun, f"--nproc_per_node={world}", "--", *program]
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
