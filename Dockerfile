@@ -10,9 +10,9 @@ ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 
 # Layers from the slowest and rarest change to the quickest: system, torch, dependencies, code.
-# g++ is what torch.compile calls; tini is PID 1, so that torchrun is not and gets its SIGTERM.
+# g++ is what torch.compile calls.
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends g++ tini \
+ && apt-get install --yes --no-install-recommends g++ \
  && rm -rf /var/lib/apt/lists/*
 
 # A base may mark its Python as managed by the system; inside the image it is ours.
@@ -29,7 +29,7 @@ RUN pip install --index-url "${TORCH_INDEX}" "${TORCH}"
 # The dependencies alone, so that a change of code reinstalls nothing. Naming torch again keeps it.
 WORKDIR /app
 COPY pyproject.toml ./
-RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies'], sep='\n')" > requirements.txt \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['health'], sep='\n')" > requirements.txt \
  && pip install "${TORCH}" --requirement requirements.txt
 
 # A numeric user, so that Kubernetes can check runAsNonRoot. runs/ is for a volume: runs, and the
@@ -66,6 +66,7 @@ LABEL org.opencontainers.image.title="RangeFlow" \
       org.opencontainers.image.revision="${REVISION}"
 
 USER 10001:10001
-ENTRYPOINT ["tini", "--"]
-# `--` stands before the script, or torchrun on Python 3.11 takes `--run` for its own.
-CMD ["torchrun", "--standalone", "--nproc_per_node=1", "--", "launch/train.py", "--run", "runs/default"]
+# The supervisor is process 1: it hears the SIGTERM, reaps, and ends with a code that says why.
+# The first `--` ends its own flags; the second stands before the script, or torchrun on Python 3.11
+# takes `--run` for its own.
+CMD ["python", "-m", "launch.supervise", "--", "--standalone", "--nproc_per_node=1", "--", "launch/train.py", "--run", "runs/default"]

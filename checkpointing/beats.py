@@ -31,7 +31,8 @@ class Beats:
 
     `place` gives the phase and the step. `fenced` is set once the owner's watcher, which is called
     on this thread, has raised FencedError. `afterwards` is called after each beat, on this thread,
-    while the owner is known to own the run. `more` gives what else a beat says.
+    while the owner is known to own the run. `more` gives what else a beat says, and `last_words`
+    what the last one says of the error with which the incarnation ends.
     """
 
     def __init__(
@@ -48,6 +49,8 @@ class Beats:
         self._count = 0
         self.afterwards: Callable[[], None] = lambda: None
         self.more: Callable[[], dict[str, Any]] = dict
+        self.last_words: Callable[[BaseException | None], dict[str, Any]] = lambda error: {}
+        self._last_words: dict[str, Any] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="beats", daemon=True)
         self.fenced = False
@@ -62,14 +65,15 @@ class Beats:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.leave(fenced=isinstance(error, FencedError))
+        self.leave(error)
 
-    def leave(self, *, fenced: bool = False) -> None:
-        """Write the last beat, once the thread has ended; for a process that ends here."""
+    def leave(self, error: BaseException | None = None) -> None:
+        """Write the last beat, once the thread has ended; for a process that ends with `error`."""
         self._stop.set()
         self._thread.join()
-        if not self.fenced and not fenced and not self._left:
+        if not self.fenced and not isinstance(error, FencedError) and not self._left:
             self._left = True
+            self._last_words = self.last_words(error)
             self._beat()
 
     def _run(self) -> None:
@@ -84,7 +88,7 @@ class Beats:
             self._count += 1
             phase, step = self._place()
             beat = {"count": self._count, "phase": phase, "step": step, "left": self._left}
-            beat |= self.more()
+            beat |= self.more() | self._last_words
             self._store.put(self._key, canonical_json(beat))
             if not self._left:
                 self.afterwards()

@@ -186,7 +186,7 @@ class Batches:
 
         Of each: source, epoch, window, and its shard by the shard's own sha256, not by its name.
         """
-        samples, _ = self._samples(step, 0, self.global_batch_size)
+        samples, _ = self._samples(step, step + 1, 0, self.global_batch_size)
         contents = np.empty(self.global_batch_size, dtype="V32")
         for number in np.unique(samples.sources).tolist():
             mine = samples.sources == number

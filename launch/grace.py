@@ -217,12 +217,6 @@ def deadlines(beats: Iterable[Mapping[str, Any]]) -> tuple[int, int]:
     return met, len(notices) - met
 
 
-def deadline_file() -> Path | None:
-    """Where a supervisor writes the deadline before it gives notice; None without one."""
-    place = os.environ.get("RANGEFLOW_SUPERVISOR")
-    return Path(f"{place}.deadline") if place else None
-
-
 def _told_deadline(place: Path | None) -> float | None:
     """What the file says, in seconds of the wall clock; None when it says nothing that is one."""
     if place is None:

@@ -378,11 +378,16 @@ def surroundings(
     beats: Beats | None,
     proof: Proof,
     measured: Callable[[], dict[str, float]] = dict,
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Surroundings:
     """The loop's view of this process. A fenced process stops as one that got a notice.
 
-    `measured` gives what is added to the row of each step.
+    `measured` gives what is added to the row of each step, and `report` takes the whole of it.
     """
+
+    def record(row: dict[str, Any]) -> None:
+        keeper.record(row)
+        report(row)
 
     def flags() -> Flags:
         told = keeper.flags()
@@ -409,7 +414,7 @@ def surroundings(
         gather=world.gather,
         announce=phase,
         flags=flags,
-        record=keeper.record,
+        record=record,
         save=keeper.save,
         put_off=keeper.put_off,
         save_locally=keeper.save_locally,

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # torchrun runs this file, with `launch/` in front of the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.exit_codes import COMPLETE, START_AGAIN, exit_code
+from launch.exit_codes import COMPLETE, START_AGAIN, exit_code, last_words
+from launch.minded import die_with_parent, show_stacks_when_asked
 from launch.notice import Notice
 from launch.phase import Phase
+from launch.reporting import Reporter, deadline_file, reporter, started_by_torchrun
 from launch.time_ledger import TimeLedger, reached_before
 
 if TYPE_CHECKING:
@@ -33,7 +35,10 @@ def main(arguments: Sequence[str] | None = None, listener: Listener | None = Non
 
     `listener` hears each phase that is entered, with the number of finished steps.
     """
-    with Notice() as notice:  # before torch is imported, which takes seconds
+    if started_by_torchrun():
+        die_with_parent()
+        show_stacks_when_asked()
+    with Notice() as notice, reporter() as report:  # before torch is imported: that takes seconds
         try:
             from launch.config import command_line, parse_config
 
@@ -41,12 +46,20 @@ def main(arguments: Sequence[str] | None = None, listener: Listener | None = Non
             if config is None:  # --help
                 return COMPLETE
             ledger = TimeLedger()
-            return train(config, notice, Phase(listener, notice.requested, ledger), ledger)
+
+            def entered(phase: str, step: int) -> None:
+                ledger(phase, step)
+                report.place(phase, step)
+
+            phase = Phase(listener, notice.requested, entered)
+            return report.ended(train(config, notice, phase, report, ledger))
         except Exception as error:
-            return exit_code(error)
+            return report.ended(exit_code(error), error)
 
 
-def train(config: "RunConfig", notice: Notice, phase: Phase, ledger: TimeLedger) -> int:
+def train(
+    config: "RunConfig", notice: Notice, phase: Phase, report: Reporter, ledger: TimeLedger
+) -> int:
     """One incarnation: from the claim to the exit code."""
     from checkpointing.beats import Beats
     from checkpointing.history import history
@@ -56,7 +69,7 @@ def train(config: "RunConfig", notice: Notice, phase: Phase, ledger: TimeLedger)
     from launch.caching import RemoteData
     from launch.data import open_batches
     from launch.editing import Editor, LiveData
-    from launch.grace import Grace, deadline_file
+    from launch.grace import Grace
     from launch.logs import set_up_logging
     from launch.opening import open_run
     from launch.running import (
@@ -91,9 +104,11 @@ def train(config: "RunConfig", notice: Notice, phase: Phase, ledger: TimeLedger)
         if owner is not None and beats is not None:
             ledger.reached = reached_before(store, history(owner.records), owner.generation)
             beats.more = lambda: {"time": ledger.told(), **grace.beat()}
+            beats.last_words = last_words
             stack.enter_context(beats)
             grace.leave = beats.leave
             stack.callback(grace.settle)
+            report.run(config.run, run.generation)
 
         # A snapshot may be newer than any checkpoint.
         tier = open_tier(config, world, store, owner, run.generation)
@@ -147,7 +162,9 @@ def train(config: "RunConfig", notice: Notice, phase: Phase, ledger: TimeLedger)
             training,
             batches,
             data,
-            surroundings(world, keeper, data, grace, phase, beats, proof, remote.measured),
+            surroundings(
+                world, keeper, data, grace, phase, beats, proof, remote.measured, report.row
+            ),
             loop_config(config),
             seed=config.seed,
             max_steps=config.schedule.max_steps,

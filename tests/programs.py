@@ -32,9 +32,10 @@ def train_here(*arguments: str | Path, listener: object = None) -> int:
 class Program:
     """The training program in processes of its own, rank 0 of which stops at given phases.
 
-    `stops` are (phase, n): the nth time it is entered, counted from the stop before. `fresh` starts
-    it as a user does, with an interpreter that has imported nothing, by torchrun for a larger
-    world; other starts are forks, which are three seconds cheaper for each process.
+    `stops` are (phase, n): the nth time it is entered, counted from the stop before; every start of
+    a `supervised` program stops at them anew. `fresh` starts it as a user does, with an interpreter
+    that has imported nothing, by torchrun for a larger world, as `supervised` does; other starts
+    are forks, which are three seconds cheaper for each process.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Program:
         world: int = 1,
         control: str = "none",
         fresh: bool = False,
+        supervised: bool = False,
         environment: Mapping[str, str] | None = None,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory()
@@ -55,9 +57,14 @@ class Program:
         self._output = tempfile.TemporaryFile("w+")  # noqa: SIM115
         env = {**os.environ, **(environment or {})}
         self._process: subprocess.Popen[str] | Fork | Ranks
-        if fresh:
-            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"]
-            command = [sys.executable, *([*torchrun, "--"] if world > 1 else []), *program]
+        if fresh or supervised:
+            torchrun = ["--standalone", f"--nproc_per_node={world}", "--"]
+            if supervised:
+                minded = ["launch.supervise", "--metadata=none", "--grace_seconds=120", "--"]
+                torchrun = ["-m", *minded, *torchrun]
+            else:
+                torchrun = ["-m", "torch.distributed.run", *torchrun] if world > 1 else []
+            command = [sys.executable, *torchrun, *program]
             self._process = subprocess.Popen(
                 command, cwd=ROOT, env=env, text=True, stdout=self._output, stderr=subprocess.STDOUT
             )

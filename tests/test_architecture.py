@@ -20,10 +20,20 @@ MAY_IMPORT: dict[str, set[str]] = {
 """Package to the other packages that it may import."""
 
 PINS: dict[str, set[str]] = {
-    "torch.distributed": {"trainer/reduction.py", "launch/world.py"},
+    "torch.distributed": {
+        *("trainer/reduction.py", "launch/world.py"),
+        "launch/agent.py",  # it is torchrun
+    },
     "bitsandbytes": {"trainer/optimizer.py"},
-    "signal": {"launch/notice.py"},
-    "os.environ": {"launch/world.py", "launch/grace.py"},  # who we are; where the deadline is
+    "signal": {
+        *("launch/notice.py", "launch/wake.py"),  # whoever hears signals
+        *("launch/start.py", "launch/descendants.py", "launch/minded.py"),  # whoever sends them
+        "launch/outcome.py",  # which names them
+    },
+    "os.environ": {
+        "launch/world.py",  # who we are
+        *("launch/start.py", "launch/reporting.py"),  # the supervisor tells its ranks
+    },
     "os.getenv": set(),
     "os.putenv": set(),
     "tiktoken": {"data_service/tokenizer.py"},
@@ -33,6 +43,7 @@ PINS: dict[str, set[str]] = {
     "aiohttp": {"storage/gcs_client.py"},
     "google_crc32c": {"storage/checksum.py"},
     "tenacity": {"storage/fsspec_store.py"},
+    "prometheus_client": {"launch/health.py"},
     "tensorboard": {"trainer/metrics.py"},
     "torch.utils.tensorboard": {"trainer/metrics.py"},
     "torch.save": {"checkpointing/export.py"},

@@ -112,3 +112,15 @@ def test_a_beat_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     assert read_beat(store, 1) == {}
     store.put("beats/g0001.json", b"[1]")
     assert read_beat(store, 1) == {}
+
+
+def test_the_last_beat_says_the_error_and_the_others_do_not(tmp_path: Path) -> None:
+    store = Signalling(tmp_path)
+    running = Beats(store, Owner(lambda: None), lambda: ("step", 7))
+    running.last_words = lambda error: {"error": str(error)} if error else {}
+    with pytest.raises(ZeroDivisionError), running:
+        assert store.written.wait(30)
+        assert "error" not in read_beat(store, 3)
+        raise ZeroDivisionError("a defect")
+    beat = read_beat(store, 3)
+    assert (beat["error"], beat["left"]) == ("a defect", True)

@@ -90,20 +90,15 @@ def test_it_runs_as_a_numeric_user_who_is_not_root() -> None:
     (user,) = all_of("USER")
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
     names = [name for name, _ in instructions(TEXT)]
-    assert set(names[names.index("USER") :]) == {"USER", "ENTRYPOINT", "CMD"}
+    assert set(names[names.index("USER") :]) == {"USER", "CMD"}
     assert f"--uid {user.partition(':')[0]} " in TEXT
 
 
-def test_tini_is_process_1() -> None:
-    (entrypoint,) = all_of("ENTRYPOINT")
-    assert json.loads(entrypoint) == ["tini", "--"]
-    assert any("apt-get install" in run and "tini" in run.split() for run in all_of("RUN"))
-
-
-def test_the_command_trains_into_the_volume() -> None:
+def test_the_supervisor_is_process_1_and_trains_into_the_volume() -> None:
+    assert all_of("ENTRYPOINT") == [], "another command is process 1 itself"
     (command,) = all_of("CMD")
-    program, *arguments = json.loads(command)
-    assert program == "torchrun"
+    python, module, name, dashes, *arguments = json.loads(command)
+    assert (python, module, name, dashes) == ("python", "-m", "launch.supervise", "--")
     torchrun = parse_args(arguments)
     assert torchrun.standalone
     assert torchrun.training_script == "launch/train.py"
@@ -180,7 +175,8 @@ def test_what_is_installed_is_what_the_project_declares(tmp_path: Path) -> None:
         "install torch==2.13.0 --requirement requirements.txt\n"
     )
     listed = (tmp_path / "requirements.txt").read_text().splitlines()
-    assert listed == PROJECT["project"]["dependencies"]
+    project = PROJECT["project"]
+    assert listed == [*project["dependencies"], *project["optional-dependencies"]["health"]]
 
 
 def test_caches_and_home_are_below_tmp() -> None:

@@ -1,7 +1,17 @@
 import pytest
 
 import storage.errors
-from launch.exit_codes import COMPLETE, FENCED, INTERNAL, PERMANENT, START_AGAIN, exit_code
+from launch.exit_codes import (
+    COMPLETE,
+    FENCED,
+    INTERNAL,
+    PERMANENT,
+    START_AGAIN,
+    exit_code,
+    last_words,
+    lost_a_peer,
+    own_error,
+)
 from storage.errors import (
     ConfigurationError,
     DataError,
@@ -58,3 +68,50 @@ def test_the_codes_are_those_that_the_errors_carry() -> None:
     kinds = [kind for kind in vars(storage.errors).values() if isinstance(kind, type)]
     assert {kind.exit_code for kind in kinds} == carried
     assert {exit_code(kind("x")) for kind in kinds} == carried
+
+
+LOST = (
+    "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:47",
+    "[enforce fail at /pytorch/third_party/gloo/gloo/transport/tcp/device.cc:208] connect",
+    "Application timeout caused pair closure; Timed out waiting 1800000ms for recv operation",
+    "Connection reset by peer",
+)
+
+
+@pytest.mark.parametrize("message", LOST)
+def test_a_lost_peer_is_to_start_again_in_one_line(
+    message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = RuntimeError(f"{message}\n  at frame 0")
+    assert exit_code(error) == START_AGAIN
+    shown = capsys.readouterr().err
+    assert shown.startswith("error: another process of the world is gone: ")
+    assert shown.count("\n") == 1
+    assert own_error(error) is None and last_words(error) == {"lost_a_peer": True}
+
+
+def test_errors_of_torchs_network_are_lost_peers_and_other_errors_are_not() -> None:
+    import torch.distributed as dist
+
+    for kind in (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError):
+        assert lost_a_peer(kind("x"))
+    assert not lost_a_peer(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+    assert not lost_a_peer(ConnectionError("Connection reset by peer"))  # not of a collective
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (None, {}),
+        (ZeroDivisionError("in\nstep 3"), {"code": 70, "line": "ZeroDivisionError: in step 3"}),
+        (ConfigurationError("x"), {"code": 78, "line": "ConfigurationError: x"}),
+        (StoreUnavailableError("x"), {}),
+        (RunBusyError("x"), {}),
+        (FencedError("x"), {}),
+        (KeyboardInterrupt(), {}),
+    ],
+)
+def test_last_words_tell_only_errors_of_the_starts_own(
+    error: BaseException | None, said: dict[str, object]
+) -> None:
+    assert last_words(error) == ({"error": said} if said else {})

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from data_service.batches import Batches
-from launch.grace import RESERVE_SECONDS, Grace, deadline_file, deadlines
+from launch.grace import RESERVE_SECONDS, Grace, deadlines
 from launch.phase import Phase
+from launch.reporting import deadline_file
 from storage.errors import StopRequestedError, StoreUnavailableError
 from tests.made_sources import made_source, plan_of
 from tests.test_loop import Recorder, made_training

@@ -17,6 +17,8 @@ from torch.distributed.run import parse_args
 
 from launch.config import parse_config
 from launch.exit_codes import COMPLETE, FENCED, INTERNAL, PERMANENT, START_AGAIN
+from launch.supervise import Flags
+from storage.commands import parse
 from storage.errors import ConfigurationError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,7 +174,7 @@ def test_it_runs_on_spot_gpus() -> None:
     assert "cloud.google.com/gke-accelerator" in POD["nodeSelector"], "one model of GPU"
     tolerated = {toleration["key"] for toleration in POD["tolerations"]}
     assert tolerated == {"cloud.google.com/gke-spot", "nvidia.com/gpu"}
-    torchrun = parse_args(CONTAINER["args"][1:])
+    torchrun = parse_args(supervised()[1])
     assert CONTAINER["resources"]["limits"]["nvidia.com/gpu"] == int(torchrun.nproc_per_node)
 
 
@@ -232,11 +234,16 @@ def test_a_secret_would_be_seen(entry: dict[str, Any]) -> None:
     assert secrets(documents)
 
 
+def supervised() -> tuple[list[str], list[str]]:
+    """The flags of the supervisor, and torchrun's arguments behind the first `--`."""
+    assert "command" not in CONTAINER, "args are the whole command: the image has no entrypoint"
+    assert CONTAINER["args"][:3] == ["python", "-m", "launch.supervise"]
+    place = CONTAINER["args"].index("--")
+    return CONTAINER["args"][3:place], CONTAINER["args"][place + 1 :]
+
+
 def test_the_training_program_takes_the_flags() -> None:
-    program, *arguments = CONTAINER["args"]
-    assert program == "torchrun"
-    assert "command" not in CONTAINER, "it would replace the image's tini"
-    torchrun = parse_args(arguments)
+    torchrun = parse_args(supervised()[1])
     assert torchrun.training_script == "launch/train.py"
     config = parse_config(torchrun.training_script_args)
     assert config.run == "gs://YOUR-BUCKET/runs/gpt2-124m"
@@ -245,7 +252,28 @@ def test_the_training_program_takes_the_flags() -> None:
     assert all("=gs://YOUR-BUCKET/" in source for source in config.data)
 
 
+def supervisor_flags() -> Flags:
+    """As the supervisor reads them."""
+    flags: Flags = parse(Flags, supervised()[0], prog="x", description="x")
+    return flags
+
+
+def test_the_supervisor_ends_within_what_gke_gives_a_pod() -> None:
+    gke_gives = 15
+    assert supervisor_flags().grace_seconds < gke_gives <= POD["terminationGracePeriodSeconds"]
+
+
+def test_probes_ask_the_supervisor_and_are_patient() -> None:
+    (port,) = CONTAINER["ports"]
+    assert port["containerPort"] == supervisor_flags().health_port
+    paths = {"livenessProbe": "/healthz", "readinessProbe": "/readyz"}
+    for name, path in paths.items():
+        assert CONTAINER[name]["httpGet"] == {"path": path, "port": port["name"]}
+    alive = CONTAINER["livenessProbe"]
+    assert alive["periodSeconds"] * alive["failureThreshold"] >= 60
+
+
 def test_a_flag_that_does_not_exist_is_refused() -> None:
-    arguments = parse_args([*CONTAINER["args"][1:], "--no_such_flag=1"]).training_script_args
+    arguments = parse_args([*supervised()[1], "--no_such_flag=1"]).training_script_args
     with pytest.raises(ConfigurationError, match="Unrecognized options: --no_such_flag=1"):
         parse_config(arguments)

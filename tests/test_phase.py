@@ -38,10 +38,10 @@ def test_what_another_thread_enters_is_heard_and_leaves_the_place() -> None:
     Phase().aside("save:object")
 
 
-def test_what_the_main_thread_enters_is_told_apart_from_what_others_do() -> None:
-    entered: list[tuple[str, int]] = []
-    phase = Phase(report=lambda name, step: entered.append((name, step)))
+def test_a_report_hears_what_is_entered_and_nothing_of_other_threads() -> None:
+    heard: list[tuple[str, int]] = []
+    phase = Phase(report=lambda name, step: heard.append((name, step)))
     phase.step = 2
     phase("step")
     phase.aside("save:object")
-    assert entered == [("step", 2)]
+    assert heard == [("step", 2)]

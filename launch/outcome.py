@@ -1,0 +1,86 @@
+"""What one start came to: a pure function of what its ranks said and of how torchrun ended."""
+
+import signal
+from dataclasses import dataclass
+
+from launch.crash_loop import Ended
+from launch.exit_codes import COMPLETE, FENCED, INTERNAL, PERMANENT, START_AGAIN
+from launch.reporting import Exit, Place, Reports
+
+FINAL = (COMPLETE, FENCED, PERMANENT)
+"""Codes that end the supervisor as well; any other starts the program again."""
+
+_PRIORITY = (PERMANENT, FENCED, START_AGAIN)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """`cause` is for people. `busy` when another incarnation is alive on the run."""
+
+    code: int
+    cause: str
+    ended: Ended
+    run: str = ""
+    busy: bool = False
+
+
+def outcome(reports: Reports, status: int, *, noticed: bool, hang: str = "") -> Outcome:
+    """`status` is torchrun's exit code, or minus the signal that ended it.
+
+    When ranks differ: 78, 76, 75, then the first error that was a rank's own. A peer's loss is
+    nobody's own error, so that the one that caused it is named.
+    """
+    own = next((e for e in reports.exits if e.own), None)
+    said = own or next((e for e in reports.exits if e.code), None)
+    codes = {e.code for e in reports.exits}
+    all_complete = codes == {COMPLETE} and len(reports.exits) >= len(reports.places) > 0
+    if status == COMPLETE or all_complete:
+        code = COMPLETE
+    else:
+        told = codes if reports.exits else {status}
+        code = next((c for c in _PRIORITY if c in told), INTERNAL)
+    if noticed and code not in FINAL:
+        code = START_AGAIN
+    error = hang
+    if own is not None:
+        error = f"rank {own.rank}: {own.error}"
+    elif not hang and not reports.places and status == INTERNAL:
+        error = "torchrun itself failed, see above"
+    first = min(reports.places, default=None)
+    place = reports.places[first] if first is not None else None
+    return Outcome(
+        code=code,
+        cause=_cause(_words(said), error, status, code, place),
+        ended=Ended(
+            generation=reports.generation,
+            phase=place.phase if place else "torchrun",
+            step=place.step if place else 0,
+            reached=reports.highest_step,
+            error=error,
+            in_order=not error and bool(reports.exits) and not _died(reports, status),
+        ),
+        run=reports.run,
+        busy=said is not None and said.kind == "RunBusyError",
+    )
+
+
+def _died(reports: Reports, status: int) -> bool:
+    """Whether a rank ended without a last word, or lost one that did."""
+    silent = len(reports.exits) < len(reports.places)
+    lost = any(e.code == START_AGAIN and e.lost_a_peer for e in reports.exits)
+    return silent or lost or status < 0
+
+
+def _words(said: Exit | None) -> str:
+    return (said.error or f"rank {said.rank} left with {said.code}") if said else ""
+
+
+def _cause(said: str, error: str, status: int, code: int, place: Place | None) -> str:
+    if code == COMPLETE:
+        return "complete"
+    if error or said:
+        return error or said
+    if status < 0:
+        return f"torchrun was ended by {signal.Signals(-status).name}"
+    where = f"in phase {place.phase!r} at step {place.step}" if place else "before their first"
+    return f"the ranks ended without a word {where}"

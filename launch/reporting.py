@@ -1,0 +1,199 @@
+"""What each rank tells the supervisor of its host, and how that is heard.
+
+Datagrams of JSON on a Unix socket: where a rank is, which run it works on, a row of metrics, and
+with which code and error it ends. Best effort: a rank never waits for a supervisor that is slow,
+and without one nothing is sent.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from launch.exit_codes import last_words
+
+VARIABLE = "RANGEFLOW_SUPERVISOR"
+"""Names the socket. That name and `.deadline` is a file: until when a noticed rank may go on."""
+
+_ROW_SECONDS = 1.0
+_MOST_BYTES = 1 << 16
+_LAST_WORD_SECONDS = 1.0
+
+
+class Reporter:
+    """The rank's side. Use it with `with`."""
+
+    def __init__(
+        self, path: str | None, rank: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._rank = rank
+        self._clock = clock
+        self._last_row = -_ROW_SECONDS
+        self._last_phase: tuple[str, int] | None = None
+        self._socket: socket.socket | None = None
+        if path:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+            self._socket.setblocking(False)
+            try:
+                self._socket.connect(path)
+            except OSError:  # the supervisor is gone; this rank will soon follow
+                self._socket.close()
+                self._socket = None
+        self.place("start", 0)
+
+    def __enter__(self) -> "Reporter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._socket is not None:
+            self._socket.close()
+
+    def place(self, phase: str, step: int) -> None:
+        """The phase that is entered, after so many finished steps."""
+        if self._last_phase != (phase, step):
+            self._last_phase = (phase, step)
+            self._send({"pid": os.getpid(), "phase": phase, "step": step})
+
+    def run(self, url: str, generation: int) -> None:
+        """The run that this rank has claimed."""
+        self._send({"run": url, "generation": generation})
+
+    def row(self, row: dict[str, Any]) -> None:
+        """The numbers of a step; at most once a second."""
+        if self._clock() - self._last_row >= _ROW_SECONDS:
+            self._last_row = self._clock()
+            self._send({"row": {k: v for k, v in row.items() if isinstance(v, int | float)}})
+
+    def ended(self, code: int, error: BaseException | None = None) -> int:
+        """The last word: the exit code, and the error behind it. Returns the code."""
+        said = {"exit": code, "error": _line(error), "kind": type(error).__name__}
+        words = last_words(error)
+        if self._socket is not None:  # worth a short wait, where a place is not
+            self._socket.settimeout(_LAST_WORD_SECONDS)
+        self._send(said | {"own": "error" in words, "lost_a_peer": "lost_a_peer" in words})
+        return code
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.send(json.dumps({"rank": self._rank, **message}).encode())
+
+
+def reporter() -> Reporter:
+    """The reporter of this process, as its environment says."""
+    return Reporter(os.environ.get(VARIABLE), int(os.environ.get("RANK", "0")))
+
+
+def deadline_file() -> Path | None:
+    """Where a supervisor writes the deadline before it gives notice; None without one."""
+    place = os.environ.get(VARIABLE)
+    return Path(f"{place}.deadline") if place else None
+
+
+def started_by_torchrun() -> bool:
+    """Whether this process is a rank of torchrun's."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Place:
+    """Where a rank is."""
+
+    pid: int
+    phase: str
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Exit:
+    """The last word of a rank. `own` when the error is one that began here."""
+
+    rank: int
+    code: int
+    error: str
+    kind: str
+    own: bool
+    lost_a_peer: bool
+
+
+class Reports:
+    """The supervisor's side: all that the ranks of one start have said. Use it with `with`."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        self._socket.bind(path)
+        self.path = path
+        self.begin()
+
+    def __enter__(self) -> "Reports":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._socket.close()
+
+    def fileno(self) -> int:
+        """To wait on."""
+        return self._socket.fileno()
+
+    def begin(self) -> None:
+        """Forget the start before."""
+        self.places: dict[int, Place] = {}
+        self.exits: list[Exit] = []  # in order of time
+        self.run = ""
+        self.generation = 0
+        self.highest_step = 0
+        self.row: dict[str, float] = {}
+
+    def hear(self, news: Callable[[int, Place], None] = lambda rank, place: None) -> None:
+        """Take what has come; `news` is told each place of a rank. What makes no sense is left."""
+        while True:
+            try:
+                data = self._socket.recv(_MOST_BYTES)
+            except BlockingIOError:
+                return
+            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+                self._take(json.loads(data), news)
+
+    def _take(self, said: dict[str, Any], news: Callable[[int, Place], None]) -> None:
+        rank = int(said["rank"])
+        if "phase" in said:
+            place = Place(pid=int(said["pid"]), phase=str(said["phase"]), step=int(said["step"]))
+            self.places[rank] = place
+            self.highest_step = max(self.highest_step, place.step)
+            news(rank, place)
+        elif "run" in said:
+            self.run, self.generation = str(said["run"]), int(said["generation"])
+        elif "row" in said:
+            self.row |= {str(name): float(value) for name, value in said["row"].items()}
+        elif "exit" in said:
+            self.exits.append(
+                Exit(
+                    rank=rank,
+                    code=int(said["exit"]),
+                    error=str(said["error"]),
+                    kind=str(said["kind"]),
+                    own=bool(said["own"]),
+                    lost_a_peer=bool(said["lost_a_peer"]),
+                )
+            )
+
+
+def _line(error: BaseException | None) -> str:
+    return "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:500]

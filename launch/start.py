@@ -1,0 +1,168 @@
+"""One start of torchrun below the supervisor: spawned, heard, told of a notice, and cleared away.
+
+Whatever happens, when `run` returns nothing of the start is left but what SIGKILL does not end.
+"""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.descendants import descendants, kill_descendants, reap, send
+from launch.hang import AwakeClock, HangWatch
+from launch.outcome import Outcome, outcome
+from launch.reporting import VARIABLE, Place, Reports
+from launch.wake import Wake
+from storage.errors import RangeFlowError
+
+LOOK_SECONDS = 1.0
+STACKS_SECONDS = 2.0
+KILL_SECONDS = 30.0
+LINGER_SECONDS = 60.0
+"""How long torchrun may go on when all its ranks have said their last word."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """How long things may take."""
+
+    grace_seconds: float
+    start_seconds: float
+
+
+class Start:
+    """Use `run` once. `news` hears of every look, with what the ranks have said so far."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        wake: Wake,
+        reports: Reports,
+        limits: Limits,
+        *,
+        say: Callable[[str], None],
+        looked: Callable[[Reports], None] = lambda reports: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._command = command
+        self._wake = wake
+        self._reports = reports
+        self._limits = limits
+        self._say = say
+        self._looked = looked
+        self._clock = clock
+        self._awake = AwakeClock(clock)
+        self._watch = HangWatch(limits.start_seconds, self._awake)
+        self._deadline_path = Path(f"{reports.path}.deadline")
+        self._deadline = float("inf")
+        self._signalled: set[int] = set()
+        self._all_left: float | None = None
+
+    def run(self) -> Outcome:
+        """Start torchrun, mind it until it ends or must, and clear away what it began."""
+        self._reports.begin()
+        self._deadline_path.unlink(missing_ok=True)
+        agent = self._spawn()
+        ended: dict[int, int] = {}
+        hang = ""
+        while agent not in ended:
+            self._wake.wait(LOOK_SECONDS, self._reports.fileno())
+            self._hear()
+            ended |= reap()
+            if agent in ended:
+                break
+            if self._wake.noticed:
+                if self._over_after_notice():
+                    break
+            elif found := self._watch.hang():
+                hang = str(found)
+                self._say(f"{hang}. Their stacks follow, then they are killed")
+                self._show_stacks()
+                break
+            if self._lingers():
+                break
+        reaped, left = kill_descendants(KILL_SECONDS)
+        ended |= reaped
+        self._hear()
+        if left:
+            raise RangeFlowError(
+                f"SIGKILL did not end process {left[0]} within {KILL_SECONDS:.0f} s: this machine "
+                "needs a restart"
+            )
+        status = ended.get(agent, -signal.SIGKILL)
+        return outcome(self._reports, status, noticed=self._wake.noticed, hang=hang)
+
+    def _spawn(self) -> int:
+        """On the main thread: the death of the thread that forks kills the agent."""
+        environment = os.environ | {
+            VARIABLE: self._reports.path,
+            # Without it, growing a world hangs for a minute and then fails on every host (2.13).
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        }
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return os.posix_spawn(
+            self._command[0],
+            list(self._command),
+            environment,
+            setsid=True,
+            setsigmask=(),
+            setsigdef=(signal.SIGPIPE, signal.SIGXFSZ),
+        )
+
+    def _hear(self) -> None:
+        def news(rank: int, place: Place) -> None:
+            self._watch.heard(rank, place.phase, place.step)
+
+        self._reports.hear(news)
+        for exit_ in self._reports.exits:
+            self._watch.ended(exit_.rank)
+        self._looked(self._reports)
+
+    def _over_after_notice(self) -> bool:
+        """Pass the notice on to every rank once; whether nobody needs to be waited for any more."""
+        if self._wake.insisted:
+            self._say("a second signal: everything is killed now")
+            return True
+        if not self._reports.places:
+            self._say("no rank has begun: nothing is to be saved")
+            return True
+        deadline = self._wake.deadline(self._limits.grace_seconds)
+        if deadline < self._deadline:
+            self._deadline = deadline
+            self._write_deadline(deadline)
+        alive = set(descendants())
+        for pid in {p.pid for p in self._reports.places.values()} & alive - self._signalled:
+            self._signalled.add(pid)
+            send(pid, signal.SIGUSR1)
+        if self._clock() >= deadline:
+            self._say("the grace is over: what has not ended is killed")
+            return True
+        return False
+
+    def _write_deadline(self, deadline: float) -> None:
+        """For the ranks, on the clock of the wall; whole at any instant."""
+        at = time.time() + deadline - self._clock()
+        partial = Path(f"{self._deadline_path}.partial")
+        partial.write_text(f"{at:.3f}")
+        partial.rename(self._deadline_path)
+        self._say(f"{self._wake.told[0].source}: the ranks have {deadline - self._clock():.1f} s")
+
+    def _show_stacks(self) -> None:
+        alive = set(descendants())
+        for pid in {p.pid for p in self._reports.places.values()} & alive:
+            send(pid, signal.SIGUSR2)
+        end = self._clock() + STACKS_SECONDS
+        while (left := end - self._clock()) > 0 and not self._wake.insisted:
+            self._wake.wait(left)
+
+    def _lingers(self) -> bool:
+        """Whether torchrun goes on long after the last word of all of its ranks."""
+        if not 0 < len(self._reports.places) <= len(self._reports.exits):
+            self._all_left = None
+            return False
+        self._all_left = self._awake() if self._all_left is None else self._all_left
+        return self._awake() - self._all_left > LINGER_SECONDS

@@ -1,0 +1,260 @@
+"""Minds a run: passes notices on, starts it again after what a restart helps, ends it otherwise."""
+
+import math
+import os
+import random
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from launch.exit_codes import COMPLETE, PERMANENT, START_AGAIN
+from launch.wake import Wake
+from storage.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from launch.outcome import Outcome
+
+DESCRIPTION = """Start torchrun, and mind the run until it is complete.
+
+Notices (SIGTERM, SIGINT, SIGUSR1, the clouds' metadata services, a file) reach every rank; what a
+restart helps is started again; nothing is left behind. What stands behind `--` is torchrun's.
+
+Examples:
+  python -m launch.supervise -- --nproc_per_node=1 launch/train.py
+  python -m launch.supervise --health_port 8080 -- --standalone --nproc_per_node=4 --
+      launch/train.py --run gs://bucket/runs/a --preset gpt2-124m --data c4=gs://bucket/tokens/c4
+
+Exit codes: 0 complete, 75 start again (after a notice), 76 fenced by another incarnation, 78 change
+something first (also after a crash loop), 70 a defect."""
+
+FIRST_WAIT_SECONDS = 1.0
+LONGEST_WAIT_SECONDS = 300.0
+BUSY_WAIT_SECONDS = 15.0
+JUDGE_SECONDS = 60
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flags:
+    """What the supervisor itself may be told."""
+
+    grace_seconds: float = 12.0
+    """After a notice, what has not ended in this time is killed. A GKE spot pod has 15 s."""
+    start_limit_seconds: float = 1800.0
+    """How long a start may be without news before its first step is done (it may compile)."""
+    metadata: Literal["auto", "gce", "aws", "azure", "none"] = "auto"
+    """Whose metadata service is asked whether this machine will be taken."""
+    metadata_url: str = "http://169.254.169.254"
+    """Where it is."""
+    notice_file: str = ""
+    """A file whose presence is a notice."""
+    health_port: int = 0
+    """Port of /healthz, /readyz and /metrics; 0 for none."""
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.grace_seconds < math.inf or not self.start_limit_seconds > 0.0:
+            raise ConfigurationError(
+                "grace_seconds must be a number from 0, and start_limit_seconds above 0; got "
+                f"{self.grace_seconds} and {self.start_limit_seconds}"
+            )
+        if not 0 <= self.health_port <= 65535:
+            raise ConfigurationError(f"health_port must be from 0 to 65535; got {self.health_port}")
+
+
+class Backoff:
+    """How long to wait before the next start: doubling, with jitter, from new after progress."""
+
+    def __init__(self, uniform: Callable[[float, float], float] = random.uniform) -> None:
+        self._uniform = uniform
+        self._tries = 0
+        self._was_busy = False
+        self._reached = -1
+
+    def after(self, ended: "Outcome") -> float:
+        """Seconds to wait after this start. Another owner of the run is given more time."""
+        if ended.ended.reached > self._reached or ended.busy != self._was_busy:
+            self._tries = 0
+        self._reached = max(self._reached, ended.ended.reached)
+        self._was_busy = ended.busy
+        first = BUSY_WAIT_SECONDS if ended.busy else FIRST_WAIT_SECONDS
+        longest = min(first * 2.0 ** min(self._tries, 30), LONGEST_WAIT_SECONDS)
+        self._tries += 1
+        return self._uniform(longest / 2, longest)
+
+
+def mind(
+    start: "Callable[[], Outcome]",
+    judge: "Callable[[Outcome], str | None]",
+    *,
+    wait: Callable[[float], bool],
+    noticed: Callable[[], bool],
+    say: Callable[[str], None],
+    backoff: Backoff,
+) -> int:
+    """Start again and again, until the run is complete, a notice comes, or no restart helps.
+
+    `judge` says when these starts are a crash loop. `wait` returns False when a notice came.
+    """
+    from launch.outcome import FINAL
+
+    while not noticed():
+        came = start()
+        if came.code in FINAL or noticed():
+            code = came.code if came.code in FINAL else START_AGAIN
+            say(f"{came.cause}; exit code {code}")
+            return code
+        stuck = judge(came)
+        if stuck is not None and not noticed():
+            say(stuck)
+            return PERMANENT
+        seconds = backoff.after(came)
+        say(f"{came.cause}; starting again in {seconds:.1f} s")
+        if not wait(seconds):
+            break
+    say("a notice while nothing runs; exit code 75")
+    return START_AGAIN
+
+
+class Judge:
+    """Remembers how the starts of this supervisor ended, and reads how those before it did."""
+
+    def __init__(
+        self, say: Callable[[str], None], noticed: Callable[[], bool] = lambda: False
+    ) -> None:
+        self._say = say
+        self._noticed = noticed
+        self._seen: list[Any] = []
+
+    def __call__(self, came: "Outcome") -> str | None:
+        """What to tell when this start was one too many."""
+        from launch.crash_loop import crash_loop, together
+
+        self._seen = [*self._seen, came.ended][-100:]
+        if came.ended.in_order:
+            return None  # it failed at nothing
+        recorded, before = self._recorded(came.run) if came.run else ([], 0)
+        return crash_loop(together(recorded, self._seen), before)
+
+    def _recorded(self, run: str) -> tuple[list[Any], int]:
+        """From the run's log; a store that does not answer in time, or a notice, does without."""
+        from launch.recorded_ends import recorded_ends
+        from storage.store import open_store
+
+        found: list[tuple[list[Any], int]] = []
+        failed: list[Exception] = []
+
+        def read() -> None:
+            try:
+                found.append(recorded_ends(open_store(run)))
+            except Exception as error:
+                failed.append(error)
+
+        reader = threading.Thread(target=read, name="judge", daemon=True)
+        reader.start()
+        for _ in range(JUDGE_SECONDS * 20):
+            reader.join(1 / 20)
+            if not reader.is_alive() or self._noticed():
+                break
+        if not found:
+            why = str(failed[0]) if failed else "the store does not answer"
+            self._say(f"the run's log could not be read, so only starts from here count: {why}")
+        return found[0] if found else ([], 0)
+
+
+def say(text: str) -> None:
+    """One line of the supervisor's own."""
+    sys.stderr.write(f"supervise: {text}\n")
+    sys.stderr.flush()
+
+
+def torchrun_command(grace_seconds: float, arguments: Sequence[str]) -> list[str]:
+    """What is started; what is given twice, torchrun takes from the later."""
+    shutdown = f"--shutdown-timeout={max(1, int(grace_seconds))}"
+    agent = [sys.executable, "-m", "launch.agent", str(os.getpid())]
+    return [*agent, "--max-restarts=0", shutdown, *arguments]
+
+
+def main(
+    arguments: Sequence[str] | None = None,
+    command: Callable[[float, Sequence[str]], list[str]] = torchrun_command,
+) -> int:
+    """Supervise; returns the exit code."""
+    with Wake() as wake:  # before anything else is imported: as process 1 nobody else hears it
+        from launch.exit_codes import exit_code
+
+        try:
+            return supervise(sys.argv[1:] if arguments is None else arguments, wake, command)
+        except Exception as error:
+            return exit_code(error)
+
+
+def supervise(
+    arguments: Sequence[str], wake: Wake, command: Callable[[float, Sequence[str]], list[str]]
+) -> int:
+    """Assemble the parts, and mind the run."""
+    from launch.health import Condition, Health
+    from launch.metadata import NoticeWatch, clouds
+    from launch.minded import adopt_orphans
+    from launch.reporting import Reports
+    from launch.start import Limits, Start
+    from storage.commands import parse
+
+    own, found, torchrun = _split(arguments)
+    flags: Flags | None = parse(
+        Flags, own, prog="python -m launch.supervise", description=DESCRIPTION
+    )
+    if flags is None:  # --help
+        return COMPLETE
+    if not found or not torchrun:
+        raise ConfigurationError(
+            "expected `--` and torchrun's arguments, such as: python -m launch.supervise -- "
+            "--nproc_per_node=1 launch/train.py"
+        )
+    adopt_orphans()
+    agent = command(flags.grace_seconds, torchrun)
+    limits = Limits(grace_seconds=flags.grace_seconds, start_seconds=flags.start_limit_seconds)
+    with ExitStack() as stack:
+        condition = Condition()
+        if flags.health_port:
+            stack.enter_context(Health(flags.health_port, condition))
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rangeflow-"))
+        reports = stack.enter_context(Reports(str(Path(folder, "reports"))))
+        stack.enter_context(
+            NoticeWatch(
+                clouds(flags.metadata, flags.metadata_url), flags.notice_file, wake.tell, say
+            )
+        )
+
+        def start() -> "Outcome":
+            condition.started()
+            one = Start(agent, wake, reports, limits, say=say, looked=condition.looked)
+            came = one.run()
+            condition.ended(came)
+            return came
+
+        return mind(
+            start,
+            Judge(say, lambda: wake.noticed),
+            wait=wake.wait_out,
+            noticed=lambda: wake.noticed,
+            say=say,
+            backoff=Backoff(),
+        )
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], bool, list[str]]:
+    """The supervisor's arguments, whether `--` is there, and torchrun's behind it."""
+    if "--" not in arguments:
+        return list(arguments), False, []
+    place = list(arguments).index("--")
+    return list(arguments[:place]), True, list(arguments[place + 1 :])
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # a store or a metadata service that hangs on another thread is not waited for

@@ -1,0 +1,47 @@
+"""The supervisor with something else in place of torchrun, or with a mechanism left out.
+
+Usage: supervised.py CONTROL SUPERVISOR_ARGUMENTS...
+fake_torchrun.py stands for torchrun, and its arguments behind `--`. CONTROL is "fake", or says what
+is left out of it all.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import launch.hang
+import launch.start
+import launch.supervise
+
+FAKE = str(Path(__file__).with_name("fake_torchrun.py"))
+
+
+def fake_command(grace_seconds: float, arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, FAKE, str(os.getpid()), *arguments]
+
+
+def quick_at_step_3(watch: launch.hang.HangWatch, kind: str) -> float:
+    return 0.3 if [work.step for work in watch._work.values()] == [3, 3] else 1e9
+
+
+def run(control: str, arguments: list[str]) -> int:
+    launch.supervise.FIRST_WAIT_SECONDS = 0.01
+    if control == "fake-without-pdeathsig":
+        os.environ["WITHOUT_PDEATHSIG"] = "1"
+    elif control == "fake-without-clearing":
+        launch.start.kill_descendants = lambda limit: ({}, [])
+    elif control == "fake-quick":  # not broken: two ranks at step 3 hang sooner
+        launch.start.LOOK_SECONDS = 0.1
+        launch.start.STACKS_SECONDS = 0.3
+        launch.hang.HangWatch._limit = quick_at_step_3
+    elif control == "fake-impatient":  # not broken: with less patience for an agent
+        launch.start.LINGER_SECONDS = 0.1
+    return launch.supervise.main(arguments, fake_command)
+
+
+if __name__ == "__main__":
+    os._exit(run(sys.argv[1], sys.argv[2:]))
