@@ -64,6 +64,12 @@ def outcome(reports: Reports, status: int, *, noticed: bool, hang: str = "") -> 
     )
 
 
+def not_begun(cause: str, *, run: str = "", busy: bool = False) -> Outcome:
+    """A start that trained nothing, through no fault of its own: it is to start again."""
+    ended = Ended(generation=0, phase="torchrun", step=0, reached=0, error="", in_order=True)
+    return Outcome(code=START_AGAIN, cause=cause, ended=ended, run=run, busy=busy)
+
+
 def _died(reports: Reports, status: int) -> bool:
     """Whether a rank ended without a last word, or lost one that did."""
     silent = len(reports.exits) < len(reports.places)

@@ -7,13 +7,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch.descendants import descendants, kill_descendants, reap, send
 from launch.hang import AwakeClock, HangWatch
-from launch.outcome import Outcome, outcome
+from launch.outcome import Outcome, not_begun, outcome
 from launch.reporting import VARIABLE, Place, Reports
 from launch.wake import Wake
 from storage.errors import RangeFlowError
@@ -23,6 +23,8 @@ STACKS_SECONDS = 2.0
 KILL_SECONDS = 30.0
 LINGER_SECONDS = 60.0
 """How long torchrun may go on when all its ranks have said their last word."""
+OUTDATED_SECONDS = 5.0
+"""How often it is asked, while no rank lives, whether torchrun waits in vain for other hosts."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,7 +36,10 @@ class Limits:
 
 
 class Start:
-    """Use `run` once. `news` hears of every look, with what the ranks have said so far."""
+    """Use `run` once. `looked` hears of every look, with what the ranks have said so far.
+
+    `outdated` says why torchrun would wait in vain for other hosts, or "".
+    """
 
     def __init__(
         self,
@@ -44,6 +49,8 @@ class Start:
         limits: Limits,
         *,
         say: Callable[[str], None],
+        environment: Mapping[str, str] | None = None,
+        outdated: Callable[[], str] = lambda: "",
         looked: Callable[[Reports], None] = lambda reports: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -52,6 +59,9 @@ class Start:
         self._reports = reports
         self._limits = limits
         self._say = say
+        self._environment = dict(environment or {})
+        self._outdated = outdated
+        self._asked = clock()
         self._looked = looked
         self._clock = clock
         self._awake = AwakeClock(clock)
@@ -68,6 +78,7 @@ class Start:
         agent = self._spawn()
         ended: dict[int, int] = {}
         hang = ""
+        vain = ""
         while agent not in ended:
             self._wake.wait(LOOK_SECONDS, self._reports.fileno())
             self._hear()
@@ -82,6 +93,8 @@ class Start:
                 self._say(f"{hang}. Their stacks follow, then they are killed")
                 self._show_stacks()
                 break
+            elif vain := self._waits_in_vain():
+                break
             if self._lingers():
                 break
         reaped, left = kill_descendants(KILL_SECONDS)
@@ -92,12 +105,16 @@ class Start:
                 f"SIGKILL did not end process {left[0]} within {KILL_SECONDS:.0f} s: this machine "
                 "needs a restart"
             )
+        if vain:
+            return not_begun(vain, run=self._reports.run)
         status = ended.get(agent, -signal.SIGKILL)
         return outcome(self._reports, status, noticed=self._wake.noticed, hang=hang)
 
     def _spawn(self) -> int:
         """On the main thread: the death of the thread that forks kills the agent."""
-        environment = os.environ | {
+        environment = {
+            **os.environ,
+            **self._environment,
             VARIABLE: self._reports.path,
             # Without it, growing a world hangs for a minute and then fails on every host (2.13).
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
@@ -150,6 +167,16 @@ class Start:
         partial.write_text(f"{at:.3f}")
         partial.rename(self._deadline_path)
         self._say(f"{self._wake.told[0].source}: the ranks have {deadline - self._clock():.1f} s")
+
+    def _waits_in_vain(self) -> str:
+        """Why torchrun, none of whose ranks lives, waits for hosts that will not come; or ""."""
+        if self._clock() - self._asked < OUTDATED_SECONDS:
+            return ""
+        self._asked = self._clock()
+        alive = set(descendants())
+        if any(place.pid in alive for place in self._reports.places.values()):
+            return ""
+        return self._outdated()
 
     def _show_stacks(self) -> None:
         alive = set(descendants())

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from launch.exit_codes import COMPLETE, PERMANENT, START_AGAIN
+from launch.exit_codes import COMPLETE, FENCED, PERMANENT, START_AGAIN
 from launch.wake import Wake
-from storage.errors import ConfigurationError
+from storage.errors import ConfigurationError, RunBusyError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from launch.outcome import Outcome
@@ -94,17 +94,17 @@ def mind(
     noticed: Callable[[], bool],
     say: Callable[[str], None],
     backoff: Backoff,
+    final: Sequence[int] = (COMPLETE, FENCED, PERMANENT),
 ) -> int:
     """Start again and again, until the run is complete, a notice comes, or no restart helps.
 
-    `judge` says when these starts are a crash loop. `wait` returns False when a notice came.
+    `judge` says when these starts are a crash loop. `wait` returns False when a notice came. Codes
+    in `final` end it.
     """
-    from launch.outcome import FINAL
-
     while not noticed():
         came = start()
-        if came.code in FINAL or noticed():
-            code = came.code if came.code in FINAL else START_AGAIN
+        if came.code in final or noticed():
+            code = came.code if came.code in final else START_AGAIN
             say(f"{came.cause}; exit code {code}")
             return code
         stuck = judge(came)
@@ -196,9 +196,11 @@ def supervise(
     arguments: Sequence[str], wake: Wake, command: Callable[[float, Sequence[str]], list[str]]
 ) -> int:
     """Assemble the parts, and mind the run."""
+    from launch.elastic import Elastic, for_several_hosts
     from launch.health import Condition, Health
     from launch.metadata import NoticeWatch, clouds
     from launch.minded import adopt_orphans
+    from launch.outcome import not_begun
     from launch.reporting import Reports
     from launch.start import Limits, Start
     from storage.commands import parse
@@ -215,7 +217,7 @@ def supervise(
             "--nproc_per_node=1 launch/train.py"
         )
     adopt_orphans()
-    agent = command(flags.grace_seconds, torchrun)
+    elastic = Elastic(torchrun, os.environ.get, say) if for_several_hosts(torchrun) else None
     limits = Limits(grace_seconds=flags.grace_seconds, start_seconds=flags.start_limit_seconds)
     with ExitStack() as stack:
         condition = Condition()
@@ -231,10 +233,29 @@ def supervise(
 
         def start() -> "Outcome":
             condition.started()
-            one = Start(agent, wake, reports, limits, say=say, looked=condition.looked)
-            came = one.run()
+            came = begun()
             condition.ended(came)
             return came
+
+        def begun() -> "Outcome":
+            joined = None
+            if elastic is not None:
+                try:
+                    joined = elastic.join(wake.wait_out)
+                except (RunBusyError, StoreUnavailableError) as error:
+                    return not_begun(str(error), busy=isinstance(error, RunBusyError))
+                if joined is None:
+                    return not_begun("a notice before the hosts met")
+            return Start(
+                command(flags.grace_seconds, joined.arguments if joined else torchrun),
+                wake,
+                reports,
+                limits,
+                say=say,
+                environment=joined.environment if joined else {},
+                outdated=lambda: elastic.outdated(joined) if elastic and joined else "",
+                looked=condition.looked,
+            ).run()
 
         return mind(
             start,
@@ -243,6 +264,8 @@ def supervise(
             noticed=lambda: wake.noticed,
             say=say,
             backoff=Backoff(),
+            # One of several hosts that was fenced, by the others going on without it, rejoins them.
+            final=(COMPLETE, PERMANENT) if elastic else (COMPLETE, FENCED, PERMANENT),
         )
 
 
