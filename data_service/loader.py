@@ -49,9 +49,8 @@ class Loader:
         """`ranges` are the [lo, hi) of the global batch that this rank needs, in its own order.
 
         Steps are read several at once where they are small; at most `depth` such reads are ready at
-        a time. `while_waiting` is called five times a second
-        during a wait; what it raises ends the wait. `before_step` is told each step before it is
-        read, in the loader's thread.
+        a time. `while_waiting` is called five times a second during a wait; what it raises ends the
+        wait. `before_step` is told each step before it is read, in the loader's thread.
         """
         self._batches = batches
         self._ranges = tuple(ranges)
@@ -130,8 +129,10 @@ class Loader:
         sequences = sum(hi - lo for lo, hi in self._ranges)
         alone = False
         while not self._stop.is_set():
+            end = step + 1
             try:
-                end = step + 1 if alone else self._batches.steps_together(step, sequences)
+                if not alone:
+                    end = self._batches.steps_together(step, sequences)
                 found = self._read(step, end)
             except BaseException as error:
                 if alone or end == step + 1:

@@ -110,6 +110,14 @@ def test_an_error_of_the_thread_is_raised_at_its_step_and_again(
                 loader.next(2)
 
 
+def test_an_error_before_the_first_read_reaches_the_caller(batches: Batches) -> None:
+    with (
+        Loader(batches, [(0, 8)], start_step=-1, timeout_seconds=30) as loader,
+        pytest.raises(IndexError, match="there is no step -1"),
+    ):
+        loader.next(-1)
+
+
 def test_a_wait_ends_with_the_step_and_the_sources(batches: Batches) -> None:
     slow = Slow(batches)
     with Loader(slow, [(0, 8)], start_step=4, timeout_seconds=0.1) as loader:  # type: ignore[arg-type]
