@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import pytest
 from launch.chaos import __main__ as command
 from launch.chaos.__main__ import main
 from launch.chaos.scenarios import Scenario
+from tests.forks import ROOT
 from tests.programs import final_digest
 
 
@@ -39,6 +41,13 @@ def test_the_scenarios_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list"]) == 0
     shown = capsys.readouterr().out
     assert "sigterm-import" in shown and "crash-loop" in shown and "mounts" in shown
+
+
+def test_every_scenario_is_in_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    documented = re.findall(r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs/chaos.md").read_text(), re.M)
+    assert documented == listed
 
 
 def test_a_killed_save_is_survived(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
