@@ -125,7 +125,7 @@ def _stop_rank(trial: Trial) -> None:
     """It has made steps: the limit is the one for a step."""
     program, place = _in_some_step(trial, world=2)
     trial.fault(f"SIGSTOP of rank 0 of 2 at step {place.step}")
-    program.says("hangs in phase 'micro_batch'")
+    program.says(" hangs in phase ")  # of this rank, or of the one that waits for it
     program.end(COMPLETE)
 
 
