@@ -1,6 +1,7 @@
 """The command that plays scenarios against this installation."""
 
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -164,4 +165,5 @@ def _folder(out: str) -> Path:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as ^C: nothing is left behind
     sys.exit(main())

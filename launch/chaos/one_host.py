@@ -4,9 +4,10 @@ import signal
 import time
 
 from checkpointing.history import history
+from launch.chaos.marked import Role
 from launch.chaos.scenarios import Scenario
 from launch.chaos.small_disk import small_disk
-from launch.chaos.trial import Place, Program, Role, Trial, Violation
+from launch.chaos.trial import Place, Program, Trial, Violation
 from launch.exit_codes import COMPLETE, FENCED, PERMANENT, START_AGAIN
 from storage.log import Log
 from storage.store import open_store

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from launch.chaos.marked import Role
 from launch.chaos.scenarios import Scenario
-from launch.chaos.trial import SHAPE, Place, Program, Role, Trial, Violation
+from launch.chaos.trial import SHAPE, Place, Program, Trial, Violation
 from launch.exit_codes import COMPLETE, START_AGAIN
 
 Fault = Literal[

@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -12,8 +11,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Protocol
 
+from launch.chaos.marked import Role, described, living, own_number, role_of, state
 from launch.chaos.watched import VARIABLE
 from launch.exit_codes import COMPLETE
 
@@ -43,8 +43,6 @@ SHAPE = (
     "--dropout=0.1",
 )
 """A model that any machine trains in a second or two."""
-
-Role = Literal["supervisor", "agent", "rank"]
 
 
 class Violation(Exception):
@@ -126,8 +124,8 @@ class Program:
         place: list[int] = []
 
         def stands() -> bool:
-            here = [pid for pid in self.processes() if _own_number(pid) == int(number)]
-            place[:] = [pid for pid in here if how == "hold" or _state(pid) == "T"]
+            here = [pid for pid in self.processes() if own_number(pid) == int(number)]
+            place[:] = [pid for pid in here if how == "hold" or state(pid) == "T"]
             return bool(place)
 
         self._until(stands, "a rank said that it would stop, and did not")
@@ -140,7 +138,7 @@ class Program:
     def processes(self, role: Role | None = None) -> list[int]:
         """Those that live, as this machine counts; all, or those that are one thing."""
         found = living(self.folder)
-        return found if role is None else [pid for pid in found if _role(pid) == role]
+        return found if role is None else [pid for pid in found if role_of(pid) == role]
 
     def process(self, role: Role) -> int:
         """Wait for a process of this kind."""
@@ -323,54 +321,3 @@ def ask_to_stop(
     partial = folder / "stop.partial"
     partial.write_text(f"{rank} {phase} {step} {how}")
     partial.rename(folder / "stop")
-
-
-def living(folder: Path) -> list[int]:
-    """The processes of a trial or of one of its programs, as this machine counts."""
-    mark = rb"(^|\0)" + re.escape(f"{VARIABLE}={folder}".encode()) + rb"(/|\0|$)"
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if re.search(mark, (place / "environ").read_bytes()):
-                found.append(int(place.name))
-    return sorted(pid for pid in found if _state(pid) not in ("Z", "X", ""))
-
-
-def described(pids: Sequence[int]) -> str:
-    """Processes, with the beginnings of their command lines."""
-    words = []
-    for pid in pids:
-        with suppress(OSError):
-            line = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-            words.append(f"process {pid} ({line[:80]}...)")
-    return ", ".join(words)
-
-
-def _role(pid: int) -> Role | None:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-    except OSError:
-        return None
-    if words[1:3] == ["-m", "launch.supervise"]:
-        return "supervisor"
-    if words[1:3] in (["-m", "launch.agent"], ["-m", "torch.distributed.run"]):
-        return "agent"
-    return "rank" if any(word.endswith(".py") for word in words[1:3]) else None
-
-
-def _state(pid: int) -> str:
-    """As /proc/<pid>/stat has it; "" when it has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
-
-
-def _own_number(pid: int) -> int:
-    """The number by which a process knows itself; 0 when it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"^NSpid:.*?(\d+)$", status, re.MULTILINE)
-    return int(found[1]) if found else pid
