@@ -35,10 +35,12 @@ def main(arguments: Sequence[str] | None = None, listener: Listener | None = Non
 
     `listener` hears each phase that is entered, with the number of finished steps.
     """
-    if started_by_torchrun():
+    minded = started_by_torchrun()
+    if minded:
         die_with_parent()
         show_stacks_when_asked()
-    with Notice() as notice, reporter() as report:  # before torch is imported: that takes seconds
+    # Before torch is imported: that takes seconds.
+    with Notice(second_ends=not minded) as notice, reporter() as report:
         try:
             from launch.config import command_line, parse_config
 

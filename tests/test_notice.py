@@ -95,6 +95,21 @@ def test_a_second_notice_ends_the_program_at_once(tmp_path: Path, data: tuple[st
     assert checkpoints(run) == []
 
 
+def test_a_rank_of_torchruns_leaves_in_order_though_a_second_notice_comes(
+    tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    """As torchrun gives it to rank 0 when rank 1 has left first."""
+    run = tmp_path / "run"
+    stops = [("micro_batch", 3), ("save:begin", 1)]
+    with Program("--run", run, *data, *SHAPE, stops=stops, world=2) as program:
+        place = program.stopped()
+        place.send(signal.SIGTERM, signal.SIGCONT)
+        program.stopped().send(signal.SIGTERM, signal.SIGCONT)
+        assert program.end() != 0, "a preempted run must not look finished"
+    assert [c.step for c in checkpoints(run)] == [place.step + 1]
+    assert last_notice(run)["met"] is True
+
+
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     pipes = len(os.listdir("/proc/self/fd"))
