@@ -63,7 +63,7 @@ def train(
     config: "RunConfig", notice: Notice, phase: Phase, report: Reporter, ledger: TimeLedger
 ) -> int:
     """One incarnation: from the claim to the exit code."""
-    from checkpointing.beats import Beats
+    from checkpointing.beats import Beats, told_error
     from checkpointing.history import history
     from checkpointing.restore import restore
     from checkpointing.retention import sweep
@@ -102,6 +102,7 @@ def train(
         if run.complete:
             return COMPLETE
         owner = run.incarnation  # None on every rank but 0
+        report.run(config.run, run.generation)
         beats = Beats(store, owner, phase.place) if owner else None
         if owner is not None and beats is not None:
             ledger.reached = reached_before(store, history(owner.records), owner.generation)
@@ -110,7 +111,8 @@ def train(
             stack.enter_context(beats)
             grace.leave = beats.leave
             stack.callback(grace.settle)
-            report.run(config.run, run.generation)
+        else:
+            stack.enter_context(told_error(store, run.generation, world.rank, last_words))
 
         # A snapshot may be newer than any checkpoint.
         tier = open_tier(config, world, store, owner, run.generation)
