@@ -168,15 +168,15 @@ def test_a_notice_while_data_is_waited_for_is_heard_at_once(
     tmp_path: Path, data: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The data never come; the last finished step is saved."""
-    run, read = tmp_path / "run", Batches.rows
+    run, read = tmp_path / "run", Batches.rows_of_steps
     asked_for, release = threading.Event(), threading.Event()
 
-    def late(batches: Batches, step: int, lo: int, hi: int) -> Rows:
-        if step == 3 and not release.is_set():
+    def late(batches: Batches, first: int, end: int, lo: int, hi: int) -> Rows:
+        if first == 3 and not release.is_set():
             asked_for.wait(TIMEOUT_SECONDS)
             signal.raise_signal(signal.SIGTERM)
             release.wait(TIMEOUT_SECONDS)
-        return read(batches, step, lo, hi)
+        return read(batches, first, end, lo, hi)
 
     def listener(phase: str, step: int) -> None:
         if (phase, step) == ("step", 3):
@@ -184,7 +184,8 @@ def test_a_notice_while_data_is_waited_for_is_heard_at_once(
         if phase == "save:begin":
             release.set()
 
-    monkeypatch.setattr(Batches, "rows", late)
+    monkeypatch.setattr(Batches, "rows_of_steps", late)
+    monkeypatch.setattr(Batches, "steps_together", lambda batches, step, sequences: step + 1)
     assert train_here("--run", run, *data, *SHAPE, listener=listener) == 75
     assert release.is_set()
     assert [c.step for c in checkpoints(run)] == [3]
