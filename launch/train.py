@@ -176,8 +176,13 @@ def train(
         if any(world.gather(grace.requested())):
             raise StopRequestedError(f"asked to stop before step {step + 1} was begun")
         if not loop.run(step, position, row):
-            return START_AGAIN
+            if not world.on_rank_0(keeper.stopped):
+                return START_AGAIN
+            logger.info("stopped at step %d, as an operator asked", phase.step)
+            report.stopped()
+            return COMPLETE
         if owner is not None:
+            keeper.stopped()  # who asked for it as well has what was asked for
             finish(owner)
         keeper.forget_tier()
         return COMPLETE
