@@ -236,6 +236,7 @@ class Keeper:
 
     def finish_saves(self) -> int | None:
         """Wait for the saves in flight; the newest step that was committed in this start."""
+        self._phase("wait_for_save")
         return self._saver.finish()
 
     def stopped(self) -> bool:
