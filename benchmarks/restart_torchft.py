@@ -77,7 +77,9 @@ def main(folder: Path, corpus: Path, steps: int) -> None:
     while manager.current_step() < steps and position < len(order):
         samples = order[position : position + size]
         position += size
-        place.write_text(str(position))
+        partial = place.with_suffix(".partial")
+        partial.write_text(str(position))
+        partial.rename(place)  # the kill may come in between
         before = manager.current_step()
         optimizer.zero_grad()
         loss_of(model, windows.rows(samples)).backward()  # type: ignore[no-untyped-call]

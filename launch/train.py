@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # torchrun runs this file, with `launch/` in front of the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.exit_codes import COMPLETE, START_AGAIN, exit_code, last_words
+from launch.exit_codes import COMPLETE, START_AGAIN, end_process, exit_code, last_words
 from launch.minded import die_with_parent, show_stacks_when_asked
 from launch.notice import Notice
 from launch.phase import Phase
@@ -180,4 +180,4 @@ def train(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
