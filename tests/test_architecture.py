@@ -29,6 +29,7 @@ PINS: dict[str, set[str]] = {
         *("launch/notice.py", "launch/wake.py"),  # whoever hears signals
         *("launch/start.py", "launch/descendants.py", "launch/minded.py"),  # whoever sends them
         "launch/outcome.py",  # which names them
+        "launch/chaos/hosts.py",  # a host that loses power
     },
     "os.environ": {
         "launch/world.py",  # who we are
