@@ -44,20 +44,21 @@ class Ranks(Protocol):
     def gather(self, value: Any) -> list[Any]: ...
 
 
-def leave(host: str) -> None:
+class HostLostError(Exception):
+    """Another host of the world has vanished."""
+
+
+def leave(host: str, last_word: Callable[[int, Exception], object]) -> None:
     """End this process: no thread of it can be trusted to return from a collective."""
-    sys.stderr.write(
-        f"error: {host} has not answered for {VANISHED_SECONDS} s; leaving, to start again "
-        "without it\n"
-    )
+    said = f"{host} has not answered for {VANISHED_SECONDS} s"
+    sys.stderr.write(f"error: {said}; leaving, to start again without it\n")
     sys.stderr.flush()
+    last_word(START_AGAIN, HostLostError(said))
     os._exit(START_AGAIN)
 
 
 @contextmanager
-def watched_hosts(
-    world: Ranks, address: str, lost: Callable[[str], None] = leave
-) -> Iterator[None]:
+def watched_hosts(world: Ranks, address: str, lost: Callable[[str], None]) -> Iterator[None]:
     """Call `lost`, on a thread of its own, with the address of a host that has vanished.
 
     `address` is that of rank 0's host. Every process of the world enters; only the first of each
