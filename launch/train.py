@@ -91,6 +91,7 @@ def train(
         grace = Grace(notice, phase, seconds=config.grace_seconds, deadline_file=deadline_file())
         stack.enter_context(grace)
         with grace.at_once():  # the others may never come
+            phase("rendezvous")
             world = stack.enter_context(joined_world(report.ended))
         set_up_logging(world.rank, phase)
         config = settled(config, world)

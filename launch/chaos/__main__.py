@@ -3,7 +3,7 @@
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ Example:
     python -m launch.chaos --list
     python -m launch.chaos --repeat 3 --seed 7 --out chaos
     python -m launch.chaos --scenario sigkill-rank
+    python -m launch.chaos --faults 200 --seed 7
 
 Exit codes: 0 when nothing was violated, 1 when something was or nothing could be played, 78 for
 arguments that cannot be used."""
@@ -43,6 +44,8 @@ class Chaos:
     """Name of a scenario; without any, all are played."""
     repeat: int = 1
     """How often each is played, every time with other faults."""
+    faults: int = 0
+    """Instead of scenarios: so many random faults in one run."""
     seed: int = 0
     """Decides the faults."""
     out: str = ""
@@ -53,6 +56,10 @@ class Chaos:
     def __post_init__(self) -> None:
         if self.repeat < 1:
             raise ConfigurationError(f"--repeat must be at least 1, got {self.repeat}")
+        if self.faults < 0:
+            raise ConfigurationError(f"--faults must be at least 0, got {self.faults}")
+        if self.faults and (self.scenario or self.repeat > 1):
+            raise ConfigurationError("--faults is one run: give it without --scenario and --repeat")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,11 +78,15 @@ def _execute(arguments: Chaos) -> int:
         print_table(("scenario", "needs", "what happens"), rows)
         return 0
     folder = _folder(arguments.out)
-    results = _play(scenarios, arguments, folder)
+    results: list[Result] = []
+    report = folder / "chaos.json"
+    play = _soak(arguments, folder) if arguments.faults else _play(scenarios, arguments, folder)
+    for result in play:
+        _show(result)
+        results.append(result)
+        report.write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n")
     played = [result for result in results if result.outcome != "skipped"]
     failed = [result for result in played if result.outcome == "failed"]
-    report = folder / "chaos.json"
-    report.write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
     print(
         f"{len(played)} played, {len(failed)} failed, {len(results) - len(played)} skipped; seed "
         f"{arguments.seed}; {report}"
@@ -83,29 +94,26 @@ def _execute(arguments: Chaos) -> int:
     return _VIOLATED if failed or not played else 0
 
 
-def _play(scenarios: "Sequence[Scenario]", arguments: Chaos, folder: Path) -> "list[Result]":
-    from launch.chaos.scenarios import Ground, Result, lacking
+def _play(scenarios: "Sequence[Scenario]", arguments: Chaos, folder: Path) -> "Iterator[Result]":
+    from launch.chaos.scenarios import Ground, lacking, skipped
 
-    results: list[Result] = []
     why_not = {scenario.name: lacking(scenario.needs) for scenario in scenarios}
     ground = Ground(folder) if not all(why_not.values()) else None
     for repetition in range(arguments.repeat):
         for scenario in scenarios:
             if ground is None or why_not[scenario.name]:
-                result = Result(
-                    scenario=scenario.name,
-                    repetition=repetition,
-                    seed=arguments.seed,
-                    outcome="skipped",
-                    why_skipped=why_not[scenario.name],
-                )
+                yield skipped(scenario, repetition, arguments.seed, why_not[scenario.name])
             else:
-                result = ground.play(
-                    scenario, repetition=repetition, seed=arguments.seed, keep=arguments.keep
-                )
-            results.append(result)
-            _show(result)
-    return results
+                yield ground.play(scenario, repetition, arguments.seed, keep=arguments.keep)
+
+
+def _soak(arguments: Chaos, folder: Path) -> "Iterator[Result]":
+    from launch.chaos.scenarios import Ground
+    from launch.chaos.soak import drawn, shape, soak
+
+    blows = drawn(arguments.seed, arguments.faults)
+    ground = Ground(folder, shape=shape(blows))
+    yield ground.play(soak(blows), seed=arguments.seed, keep=arguments.keep)
 
 
 def _show(result: "Result") -> None:

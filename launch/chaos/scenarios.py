@@ -16,7 +16,8 @@ from data_service.inputs import MemoryCorpus
 from data_service.preparation import prepare
 from data_service.tokenizer import make_tokenizer
 from launch.chaos.trial import SHAPE, WATCHED, Trial, Violation
-from launch.chaos.verdict import Reference, judge, reference
+from launch.chaos.verdict import judge, reference
+from launch.exit_codes import COMPLETE
 from storage.store import open_store
 
 Need = Literal["root", "network", "cgroup", "mounts"]
@@ -54,17 +55,22 @@ class Ground:
     """
 
     def __init__(
-        self, folder: Path, *, shape: Sequence[str] = SHAPE, training_program: Path = WATCHED
+        self,
+        folder: Path,
+        *,
+        shape: Sequence[str] = SHAPE,
+        training_program: Sequence[str] = (str(WATCHED),),
     ) -> None:
         self.folder = folder
         self._shape = tuple(shape)
-        self._training_program = training_program
+        self._training_program = tuple(training_program)
         self._data = make_sources(folder / "sources")
         with Trial(folder / "unbroken", self._data, name="unbroken", shape=shape) as trial:
-            self.unbroken: Reference = reference(trial)
+            trial.start(trial.alone()).end(COMPLETE)
+            self.unbroken = reference(trial)
 
     def play(
-        self, scenario: Scenario, *, repetition: int = 0, seed: int = 0, keep: bool = False
+        self, scenario: Scenario, repetition: int = 0, seed: int = 0, *, keep: bool = False
     ) -> Result:
         """Play a scenario once. Its folder remains when it fails, or to `keep` it."""
         begun = time.monotonic()
@@ -102,6 +108,17 @@ class Ground:
         )
 
 
+def skipped(scenario: Scenario, repetition: int, seed: int, why: str) -> Result:
+    """The result of a scenario that cannot be played here."""
+    return Result(
+        scenario=scenario.name,
+        repetition=repetition,
+        seed=seed,
+        outcome="skipped",
+        why_skipped=why,
+    )
+
+
 def make_sources(folder: Path) -> tuple[str, ...]:
     """Prepare two sources of bytes: numbers as digits, and letters at random; their flags."""
     draw = random.Random(7)
@@ -113,7 +130,7 @@ def make_sources(folder: Path) -> tuple[str, ...]:
             open_store(str(folder / name)),
             make_tokenizer("bytes"),
             shard_tokens=20_000,
-            validation_permille=200,
+            validation_permille=300,
         )
     return (f"--data=numbers={folder}/numbers:2", f"--data=letters={folder}/letters:1")
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,8 @@ WATCHED = ROOT / "launch" / "chaos" / "watched.py"
 TIMEOUT_SECONDS = 300.0
 """After which what was waited for counts as never coming."""
 LOOK_SECONDS = 0.01
+ORPHAN_SECONDS = 10.0
+"""How long a process may take to end when its program has."""
 
 SHAPE = (
     "--max_steps=30",
@@ -99,25 +101,37 @@ class Program:
 
     def phase(self, name: str, step: int = 0, *, rank: int = 0) -> Place:
         """Make a rank stop when it next enters a phase, at this step or later; wait for it."""
-        ask_to_stop(self.folder, name, step, rank=rank)
+        self.stop(name, step, rank=rank)
         return self.stopped()
+
+    def stop(self, name: str, step: int = 0, *, rank: int = 0) -> None:
+        """Ask a rank to stop there, without waiting for it."""
+        ask_to_stop(self.folder, name, step, rank=rank)
 
     def stopped(self) -> Place:
         """Wait until a rank has stopped where it was asked to."""
+        place = self.stopped_or_ended()
+        if place is None:
+            raise Violation(f"{self.folder.name} ended before a rank came to where it was to stop")
+        return place
+
+    def stopped_or_ended(self) -> Place | None:
+        """As `stopped`; None when the program ends instead."""
         found = self.folder / "stopped"
-        self._until(found.exists, "no rank came to where it was to stop")
-        number, step = map(int, found.read_text().split())
+        self._until(lambda: found.exists() or self.ended, "no rank came to where it was to stop")
+        if not found.exists():
+            return None
+        number, step, how = found.read_text().split()
         found.unlink()
         place: list[int] = []
 
         def stands() -> bool:
-            place[:] = [
-                p for p in self.processes() if _own_number(p) == number and _state(p) == "T"
-            ]
+            here = [pid for pid in self.processes() if _own_number(pid) == int(number)]
+            place[:] = [pid for pid in here if how == "hold" or _state(pid) == "T"]
             return bool(place)
 
         self._until(stands, "a rank said that it would stop, and did not")
-        return Place(place[0], step)
+        return Place(place[0], int(step))
 
     def says(self, text: str, times: int = 1) -> None:
         """Wait until this text has been printed so many times."""
@@ -157,6 +171,19 @@ class Program:
         """What it has printed so far."""
         return (self.folder / "output.txt").read_text(errors="replace")
 
+    def gone(self) -> None:
+        """Wait until none of its processes lives; they may take a few seconds to end.
+
+        Looked at twice: one that begins another program has no environment for an instant.
+        """
+        end, empty = time.monotonic() + ORPHAN_SECONDS, 0
+        while empty < 2:
+            left = self.processes()
+            empty = 0 if left else empty + 1
+            if left and time.monotonic() > end:
+                raise Violation(f"{self.folder.name} is over, and left behind {described(left)}")
+            time.sleep(5 * LOOK_SECONDS)
+
     def close(self) -> None:
         """End it, if it has not ended."""
         self._process.kill()
@@ -176,7 +203,8 @@ class Trial:
     """Use it with `with`: at the end whatever is left of it is killed.
 
     `data` are the flags of its sources, `training_program` is what its ranks run. `random` follows
-    from `name`, so that the same name deals the same faults.
+    from `name`, so that the same name deals the same faults. `run` may be set to another place
+    before anything is started; what the trial needs meanwhile is entered into `stack`.
     """
 
     def __init__(
@@ -186,19 +214,19 @@ class Trial:
         *,
         name: str,
         shape: Sequence[str] = SHAPE,
-        training_program: Path = WATCHED,
+        training_program: Sequence[str] = (str(WATCHED),),
     ) -> None:
         folder.mkdir(parents=True)
         self.folder = folder.resolve()
         self.run = str(self.folder / "run")
-        self.curves = self.folder / "run" / "metrics.jsonl"
+        self.stack = ExitStack()
         self.random = random.Random(name)
         self.programs: list[Program] = []
         self.faults: list[str] = []
         self.may_show_tracebacks = False
         self._data = tuple(data)
         self._shape = tuple(shape)
-        self._training_program = training_program
+        self._training_program = tuple(training_program)
 
     def __enter__(self) -> "Trial":
         return self
@@ -215,6 +243,12 @@ class Trial:
             for pid in left:
                 Place(pid, 0).signal(signal.SIGKILL)
             time.sleep(LOOK_SECONDS)
+        self.stack.close()
+
+    @property
+    def curves(self) -> Path:
+        """The run's metrics.jsonl."""
+        return Path(self.run, "metrics.jsonl")
 
     @property
     def flags(self) -> list[str]:
@@ -223,11 +257,15 @@ class Trial:
 
     def alone(self, *flags: str) -> list[str]:
         """The command line of training as one process."""
-        return [sys.executable, str(self._training_program), *self.flags, *flags]
+        return self.python(*self._training_program, *self.flags, *flags)
+
+    def python(self, *words: str) -> list[str]:
+        """The command line of a Python program."""
+        return [sys.executable, *words]
 
     def torchrun(self, *arguments: str, flags: Sequence[str] = ()) -> list[str]:
         """torchrun's arguments and, behind them, the training program with its own."""
-        return [*arguments, "--", str(self._training_program), *self.flags, *flags]
+        return [*arguments, "--", *self._training_program, *self.flags, *flags]
 
     def supervisor(
         self,
@@ -240,7 +278,7 @@ class Trial:
         """The command line of training under the supervisor, whose own flags are `own`."""
         minded = ["-m", "launch.supervise", "--metadata=none", "--grace_seconds=120", *own, "--"]
         ranks = self.torchrun(*torchrun, f"--nproc_per_node={world}", flags=flags)
-        return [sys.executable, *minded, *ranks]
+        return self.python(*minded, *ranks)
 
     def start(
         self,
@@ -249,32 +287,41 @@ class Trial:
         environment: Mapping[str, str] | None = None,
         on: Host | None = None,
         stop: tuple[str, int] | None = None,
+        holds: tuple[str, int] | None = None,
     ) -> Program:
-        """Start a program, by default a supervisor over one rank, which stops at `stop`."""
+        """Start a program, by default a supervisor over one rank.
+
+        Rank 0 stops at `stop`, a phase and a step; at `holds` only the thread that is there.
+        """
         folder = self.folder / f"program-{len(self.programs)}"
         folder.mkdir()
         if stop is not None:
             ask_to_stop(folder, *stop)
+        if holds is not None:
+            ask_to_stop(folder, *holds, how="hold")
         words = self.supervisor() if command is None else list(command)
         words = words if on is None else on.entering(*words)
         self.programs.append(Program(words, folder, environment or {}))
         return self.programs[-1]
 
-    def complete(self, world: int = 1, *, flags: Sequence[str] = ()) -> Program:
+    def complete(self, world: int = 1) -> None:
         """Mind the run to its end."""
-        program = self.start(self.supervisor(world, flags=flags))
-        program.end(COMPLETE)
-        return program
+        self.start(self.supervisor(world)).end(COMPLETE)
 
     def fault(self, words: str) -> None:
         """Note what is dealt now."""
         self.faults.append(words)
 
 
-def ask_to_stop(folder: Path, phase: str, step: int = 0, *, rank: int = 0) -> None:
-    """Ask a rank of the program in this folder to stop when it enters a phase."""
+def ask_to_stop(
+    folder: Path, phase: str, step: int = 0, *, rank: int = 0, how: str = "stop"
+) -> None:
+    """Ask a rank of the program in this folder to stop when it enters a phase.
+
+    With "hold" only the thread that enters it does, for good.
+    """
     partial = folder / "stop.partial"
-    partial.write_text(f"{rank} {phase} {step}")
+    partial.write_text(f"{rank} {phase} {step} {how}")
     partial.rename(folder / "stop")
 
 
@@ -287,6 +334,16 @@ def living(folder: Path) -> list[int]:
             if re.search(mark, (place / "environ").read_bytes()):
                 found.append(int(place.name))
     return sorted(pid for pid in found if _state(pid) not in ("Z", "X", ""))
+
+
+def described(pids: Sequence[int]) -> str:
+    """Processes, with the beginnings of their command lines."""
+    words = []
+    for pid in pids:
+        with suppress(OSError):
+            line = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+            words.append(f"process {pid} ({line[:80]}...)")
+    return ", ".join(words)
 
 
 def _role(pid: int) -> Role | None:

@@ -7,7 +7,6 @@ Does not cover: processes that have lost the environment that they were started 
 """
 
 import json
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +15,13 @@ from typing import Any
 from checkpointing.history import history
 from checkpointing.verification import verify
 from data_service.audit import audit
-from launch.chaos.trial import LOOK_SECONDS, Trial, living
+from launch.chaos.trial import Trial, Violation
 from launch.proof import steps_told
 from storage.errors import RangeFlowError
 from storage.log import Log
 from storage.store import open_store
 
 TRACEBACK = "Traceback (most recent call last)"
-ORPHAN_SECONDS = 10.0
-"""How long a process may take to end when its program has."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,11 +34,10 @@ class Reference:
 
 
 def reference(trial: Trial) -> Reference:
-    """Train a trial's run without any fault."""
-    trial.start(trial.alone()).end(0)
+    """What a trial's run is, that has come to its end without any fault."""
     store = open_store(trial.run)
     past = history(Log(store).refresh())
-    assert past.end is not None, "a training program that ends with 0 has said so"
+    assert past.end is not None, "who asks has seen it end with 0"
     return Reference(
         digest=str(past.end.body["digest"]),
         losses={int(row["step"]): row["loss"] for row in curve(trial.curves)},
@@ -130,10 +126,13 @@ def wrong_curve(trial: Trial, unbroken: Reference) -> list[str]:
 
 def left_behind(trial: Trial) -> list[str]:
     """Processes that live on, though every program was to have ended."""
-    end = time.monotonic() + ORPHAN_SECONDS
-    while (left := living(trial.folder)) and time.monotonic() < end:
-        time.sleep(LOOK_SECONDS)
-    return [f"process {pid} was left behind: {_words(pid)}" for pid in left]
+    found = []
+    for program in trial.programs:
+        try:
+            program.gone()
+        except Violation as violation:
+            found.append(str(violation))
+    return found
 
 
 def tracebacks(trial: Trial) -> list[str]:
@@ -147,11 +146,3 @@ def tracebacks(trial: Trial) -> list[str]:
 def curve(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def _words(pid: int) -> str:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-    except OSError:
-        return "it has ended since"
-    return f"{words:.120}"

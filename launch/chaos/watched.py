@@ -1,9 +1,10 @@
 """The training program, which stops itself where a trial asks it to.
 
 Usage: watched.py TRAINING_ARGUMENTS..., with the folder of its trial in the environment. There a
-trial writes in `stop` the rank, the phase and the step; the first process that comes so far takes
-the file away, writes who it is and where in `stopped`, and sends itself SIGSTOP. The phases are
-those of the training program, with "import" before and "exit" after all of them.
+trial writes in `stop` the rank, the phase, the step, and "stop" or "hold"; the first process that
+comes so far takes the file away, and writes in `stopped` who it is and where. Then it sends itself
+SIGSTOP, or the thread that came there goes no further. The phases are those of the training
+program, with "import" before and "exit" after all of them.
 """
 
 import os
@@ -23,7 +24,7 @@ def stop_where_asked(phase: str, step: int) -> None:
     """Stop this thread, and the process with it, if that is asked for. For any thread."""
     folder = Path(os.environ[VARIABLE])
     try:
-        rank, asked, at_least = (folder / "stop").read_text().split()
+        rank, asked, at_least, how = (folder / "stop").read_text().split()
     except FileNotFoundError:
         return
     if (rank, asked) != (os.environ.get("RANK", "0"), phase) or step < int(at_least):
@@ -33,8 +34,10 @@ def stop_where_asked(phase: str, step: int) -> None:
     except FileNotFoundError:  # another thread or process was faster
         return
     partial = folder / "stopped.partial"
-    partial.write_text(f"{os.getpid()} {step}")
+    partial.write_text(f"{os.getpid()} {step} {how}")
     partial.rename(folder / "stopped")
+    if how == "hold":
+        threading.Event().wait()
     # To this thread, which then goes no further; the rest of the process stops with it.
     signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
