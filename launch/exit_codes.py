@@ -73,7 +73,7 @@ def lost_a_peer(error: BaseException) -> bool:
     Known by name and text, as torch 2.8 to 2.13 raise it: gloo has no class of its own.
     """
     names = {kind.__name__ for kind in type(error).__mro__}
-    if names & {"DistBackendError", "DistNetworkError", "DistStoreError"}:
+    if names & {"DistBackendError", "DistNetworkError", "DistStoreError", "HostLostError"}:
         return True
     return type(error) is RuntimeError and re.search(_GLOO, str(error)) is not None
 

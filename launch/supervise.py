@@ -8,7 +8,8 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,6 +37,7 @@ FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 300.0
 BUSY_WAIT_SECONDS = 15.0
 JUDGE_SECONDS = 60
+_FINAL = (COMPLETE, FENCED, PERMANENT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,17 +102,15 @@ def mind(
     noticed: Callable[[], bool],
     say: Callable[[str], None],
     backoff: Backoff,
-    final: Sequence[int] = (COMPLETE, FENCED, PERMANENT),
 ) -> int:
     """Start again and again, until the run is complete, a notice comes, or no restart helps.
 
-    `judge` says when these starts are a crash loop. `wait` returns False when a notice came. Codes
-    in `final` end it.
+    `judge` says when these starts are a crash loop. `wait` returns False when a notice came.
     """
     while not noticed():
         came = start()
-        if came.code in final or noticed():
-            code = came.code if came.code in final else START_AGAIN
+        if came.code in _FINAL or noticed():
+            code = came.code if came.code in _FINAL else START_AGAIN
             say(f"{came.cause}; exit code {code}")
             return code
         stuck = judge(came)
@@ -252,16 +252,19 @@ def supervise(
                     return not_begun(str(error), busy=isinstance(error, RunBusyError))
                 if joined is None:
                     return not_begun("a notice before the hosts met")
-            return Start(
+            came = Start(
                 command(flags.grace_seconds, joined.arguments if joined else torchrun),
                 wake,
                 reports,
                 limits,
                 say=say,
                 environment=joined.environment if joined else {},
-                outdated=lambda: elastic.outdated(joined) if elastic and joined else "",
+                outdated=partial(elastic.outdated, joined) if elastic and joined else None,
                 looked=condition.looked,
             ).run()
+            if came.code == FENCED and elastic is not None and elastic.still_ours():
+                return replace(came, code=START_AGAIN)  # the others went on without this host
+            return came
 
         return mind(
             start,
@@ -270,8 +273,6 @@ def supervise(
             noticed=lambda: wake.noticed,
             say=say,
             backoff=Backoff(),
-            # One of several hosts that was fenced, by the others going on without it, rejoins them.
-            final=(COMPLETE, PERMANENT) if elastic else (COMPLETE, FENCED, PERMANENT),
         )
 
 

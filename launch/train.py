@@ -91,7 +91,8 @@ def train(
         grace = Grace(notice, phase, seconds=config.grace_seconds, deadline_file=deadline_file())
         stack.enter_context(grace)
         with grace.at_once():  # the others may never come
-            world = stack.enter_context(joined_world())
+            phase("rendezvous")
+            world = stack.enter_context(joined_world(report.ended))
         set_up_logging(world.rank, phase)
         config = settled(config, world)
         store = open_store(config.run)
