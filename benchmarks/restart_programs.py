@@ -54,7 +54,7 @@ class Program:
         )
         self._lines: list[Line] = []
         self._closed = False
-        self._news = threading.Condition()
+        self._news = threading.Condition()  # its lock is reentrant
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -76,6 +76,14 @@ class Program:
         with self._news:
             return list(self._lines)
 
+    def tail(self) -> str:
+        """The last lines, to be shown with an error."""
+        return "\n".join(line.text for line in self.lines[-30:])
+
+    def highest_step(self) -> int:
+        """That it has told of so far."""
+        return max((line.step or 0 for line in self.lines), default=0)
+
     def line(self, wanted: Callable[[Line], bool], after: int = 0) -> Line:
         """The first line from number `after` on that is wanted; waits for it."""
         end = now() + LIMIT_SECONDS
@@ -87,8 +95,7 @@ class Program:
                         return line
                 seen = len(self._lines)
                 if self._closed or now() > end:
-                    said = "\n".join(line.text for line in self._lines[-30:])
-                    raise RuntimeError(f"it never said what was waited for: {said}")
+                    raise RuntimeError(f"it never said what was waited for: {self.tail()}")
                 self._news.wait(1.0)
 
     def end(self) -> int:

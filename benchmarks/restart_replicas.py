@@ -77,7 +77,7 @@ def ours(run: Path, steps: int) -> dict[str, float]:
         highest = max(line.step or 0 for line in before)
         new = program.line(lambda line: (line.step or 0) > highest, len(before))
         if program.end():
-            raise RuntimeError("\n".join(line.text for line in program.lines[-30:]))
+            raise RuntimeError(f"the run failed: {program.tail()}")
     audit = [sys.executable, "-m", "data_service.audit", str(run), "--json"]
     told = json.loads(subprocess.run(audit, cwd=ROOT, capture_output=True, check=True).stdout)
     if not told["proved"] or told["violations"]:
