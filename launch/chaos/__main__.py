@@ -139,8 +139,9 @@ def _show(result: "Result") -> None:
 
 def _chosen(arguments: Chaos) -> "list[Scenario]":
     from launch.chaos.one_host import ONE_HOST
+    from launch.chaos.several_hosts import SEVERAL_HOSTS
 
-    known = {scenario.name: scenario for scenario in ONE_HOST}
+    known = {scenario.name: scenario for scenario in (*ONE_HOST, *SEVERAL_HOSTS)}
     unknown = [name for name in arguments.scenario if name not in known]
     if unknown:
         raise ConfigurationError(
