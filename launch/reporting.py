@@ -37,19 +37,24 @@ class Reporter:
         *,
         local_rank: int | None = None,
     ) -> None:
-        """`local_rank` counts on this host alone; by default it is the rank."""
+        """`local_rank` counts on this host alone; by default it is the rank.
+
+        `abandoned` says that there was to be a supervisor, and there is none any more.
+        """
         self._rank = rank
         self._local_rank = rank if local_rank is None else local_rank
         self._clock = clock
         self._last_row = -_ROW_SECONDS
         self._last_phase: tuple[str, int] | None = None
         self._socket: socket.socket | None = None
+        self.abandoned = False
         if path:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.setblocking(False)
             try:
                 self._socket.connect(path)
-            except OSError:  # the supervisor is gone; this rank will soon follow
+            except OSError:
+                self.abandoned = True
                 self._socket.close()
                 self._socket = None
         self.place("start", 0)

@@ -18,7 +18,7 @@ def test_what_is_left_behind_is_named(trial: Trial, monkeypatch: pytest.MonkeyPa
     with trial:
         program = trial.start(["sh", "-c", "(setsid sleep 1000 &)"])
         program.end(0)
-        with pytest.raises(Violation, match=r"program-0 is over, and left behind process \d+ \(s"):
+        with pytest.raises(Violation, match=r"program-0 is over, and left behind process \d+ \("):
             program.gone()
 
 
