@@ -2,6 +2,7 @@
 
 import signal
 import time
+from pathlib import Path
 
 from checkpointing.history import history
 from launch.chaos.marked import Role
@@ -131,6 +132,8 @@ def _kill_supervisor_early(trial: Trial) -> None:
     program.end(-signal.SIGKILL)
     place.go_on()
     program.gone()
+    if Path(trial.run).exists():
+        raise Violation("the rank has begun to train, and nobody minded it")
     trial.complete()
 
 

@@ -174,7 +174,7 @@ def _send(program: Program, role: Role, number: signal.Signals) -> list[int]:
 
 def _faults(draw: random.Random, most: int) -> tuple[Fault, ...]:
     """One, or a burst of two or three."""
-    size = min(most, draw.choice((1, 1, 1, 2, 2, 3)))
+    size = min(most, draw.choice((1, 1, 2, 2, 3)))
     faults: list[Fault] = list(draw.choices(list(_KINDS), list(_KINDS.values()), k=size))
     if faults[0] == "SIGTERM" and size > 1 and draw.random() < 0.5:
         faults[1] = "second SIGTERM"
