@@ -58,7 +58,7 @@ class Host(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A rank that has stopped itself, by its process as this machine counts, after `step` steps."""
+    """Where rank 0 has stopped itself: after `step` steps. `pid` is as this machine counts."""
 
     pid: int
     step: int
@@ -97,17 +97,17 @@ class Program:
             )
         self.pid = self._process.pid
 
-    def phase(self, name: str, step: int = 0, *, rank: int = 0) -> Place:
-        """Make a rank stop when it next enters a phase, at this step or later; wait for it."""
-        self.stop(name, step, rank=rank)
+    def phase(self, name: str, step: int = 0) -> Place:
+        """Make rank 0 stop when it next enters a phase, at this step or later; wait for it."""
+        self.stop(name, step)
         return self.stopped()
 
-    def stop(self, name: str, step: int = 0, *, rank: int = 0) -> None:
-        """Ask a rank to stop there, without waiting for it."""
-        ask_to_stop(self.folder, name, step, rank=rank)
+    def stop(self, name: str, step: int = 0) -> None:
+        """Ask rank 0 to stop there, without waiting for it."""
+        ask_to_stop(self.folder, name, step)
 
     def stopped(self) -> Place:
-        """Wait until a rank has stopped where it was asked to."""
+        """Wait until rank 0 has stopped where it was asked to."""
         place = self.stopped_or_ended()
         if place is None:
             raise Violation(f"{self.folder.name} ended before a rank came to where it was to stop")
@@ -311,13 +311,11 @@ class Trial:
         self.faults.append(words)
 
 
-def ask_to_stop(
-    folder: Path, phase: str, step: int = 0, *, rank: int = 0, how: str = "stop"
-) -> None:
-    """Ask a rank of the program in this folder to stop when it enters a phase.
+def ask_to_stop(folder: Path, phase: str, step: int = 0, how: str = "stop") -> None:
+    """Ask rank 0 of the program in this folder to stop when it enters a phase.
 
     With "hold" only the thread that enters it does, for good.
     """
     partial = folder / "stop.partial"
-    partial.write_text(f"{rank} {phase} {step} {how}")
+    partial.write_text(f"{phase} {step} {how}")
     partial.rename(folder / "stop")
