@@ -130,6 +130,7 @@ def _kill_supervisor_early(trial: Trial) -> None:
     trial.fault("SIGKILL of the supervisor before its rank has imported anything")
     program.signal(signal.SIGKILL)
     program.end(-signal.SIGKILL)
+    program.gone("agent")
     place.go_on()
     program.gone()
     if Path(trial.run).exists():

@@ -169,14 +169,14 @@ class Program:
         """What it has printed so far."""
         return (self.folder / "output.txt").read_text(errors="replace")
 
-    def gone(self) -> None:
-        """Wait until none of its processes lives; they may take a few seconds to end.
+    def gone(self, role: Role | None = None) -> None:
+        """Wait until none of its processes lives, or of these; they may take a few seconds to end.
 
         Looked at twice: one that begins another program has no environment for an instant.
         """
         end, empty = time.monotonic() + ORPHAN_SECONDS, 0
         while empty < 2:
-            left = self.processes()
+            left = self.processes(role)
             empty = 0 if left else empty + 1
             if left and time.monotonic() > end:
                 raise Violation(f"{self.folder.name} is over, and left behind {described(left)}")
