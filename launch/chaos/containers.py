@@ -86,14 +86,14 @@ def _little_memory(trial: Trial) -> None:
         stop = ("micro_batch", trial.random.randrange(1, 25))
         program = trial.start(trial.supervisor(2), on=memory, stop=stop)
         place = program.stopped()
+        for pid in program.processes("rank"):
+            memory.give_up_first(pid)
         memory.leave_free(_FREE_BYTES)
         eater = str(ROOT / "launch" / "chaos" / "small_memory.py")
         trial.start(trial.python(eater, str(memory.folder)), on=memory).end(COMPLETE)
         trial.fault(f"out of memory at step {place.step}: the kernel killed {memory.kills()}")
         place.go_on()
-        if program.end(COMPLETE, -signal.SIGKILL) != COMPLETE:  # it was the supervisor
-            trial.complete()
-        program.gone()
+        program.end(COMPLETE)
 
 
 def _read_only(trial: Trial) -> None:

@@ -1,7 +1,7 @@
 """A limit of memory for programs, as a container has one, and a neighbour that eats all of it.
 
-Usage as a program: small_memory.py FOLDER; it eats memory until the kernel has killed another
-process of the cgroup, and is itself spared.
+Usage as a program: small_memory.py FOLDER; it eats memory until the kernel has killed a process of
+the cgroup.
 """
 
 import os
@@ -32,6 +32,11 @@ class SmallMemory:
         used = self._file("memory.current", "memory.usage_in_bytes").read_text()
         limit = self._file("memory.max", "memory.limit_in_bytes")
         limit.write_text(str(int(used) + size_bytes))
+
+    @staticmethod
+    def give_up_first(pid: int) -> None:
+        """When there is no memory left, the kernel kills this process before others."""
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
 
     def kills(self) -> int:
         """How many processes the kernel has killed for want of memory."""
@@ -98,7 +103,6 @@ def _parents() -> Iterator[Path]:
 
 
 def _eat(memory: SmallMemory) -> None:
-    Path("/proc/self/oom_score_adj").write_text("-1000")
     before = memory.kills()
     eaten = []
     while memory.kills() == before:
