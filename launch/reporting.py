@@ -37,19 +37,24 @@ class Reporter:
         *,
         local_rank: int | None = None,
     ) -> None:
-        """`local_rank` counts on this host alone; by default it is the rank."""
+        """`local_rank` counts on this host alone; by default it is the rank.
+
+        `abandoned` says that there was to be a supervisor, and there is none any more.
+        """
         self._rank = rank
         self._local_rank = rank if local_rank is None else local_rank
         self._clock = clock
         self._last_row = -_ROW_SECONDS
         self._last_phase: tuple[str, int] | None = None
         self._socket: socket.socket | None = None
+        self.abandoned = False
         if path:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.setblocking(False)
             try:
                 self._socket.connect(path)
-            except OSError:  # the supervisor is gone; this rank will soon follow
+            except OSError:
+                self.abandoned = True
                 self._socket.close()
                 self._socket = None
         self.place("start", 0)
@@ -82,6 +87,10 @@ class Reporter:
         if self._clock() - self._last_row >= _ROW_SECONDS:
             self._last_row = self._clock()
             self._send({"row": {k: v for k, v in row.items() if isinstance(v, int | float)}})
+
+    def stopped(self) -> None:
+        """This rank ends because an operator has asked for it."""
+        self._send({"stopped": True})
 
     def ended(self, code: int, error: BaseException | None = None) -> int:
         """The last word: the exit code, and the error behind it. Returns the code."""
@@ -177,6 +186,7 @@ class Reports:
         self.generation = 0
         self.highest_step = 0
         self.row: dict[str, float] = {}
+        self.stopped = False
 
     def hear(self, news: Callable[[int, Place], None] = lambda rank, place: None) -> None:
         """Take what has come; `news` is told each place of a rank. What makes no sense is left."""
@@ -205,6 +215,8 @@ class Reports:
             self.run, self.generation = str(said["run"]), int(said["generation"])
         elif "row" in said:
             self.row |= {str(name): float(value) for name, value in said["row"].items()}
+        elif "stopped" in said:
+            self.stopped = True
         elif "exit" in said:
             self.exits.append(
                 Exit(

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from launch.exit_codes import COMPLETE, FENCED, PERMANENT, START_AGAIN
+from launch.exit_codes import COMPLETE, FENCED, PERMANENT, START_AGAIN, end_process
 from launch.wake import Wake
 from storage.errors import ConfigurationError, RunBusyError, StoreUnavailableError
 
@@ -30,8 +30,8 @@ Examples:
   python -m launch.supervise --health_port 8080 -- --standalone --nproc_per_node=4 --
       launch/train.py --run gs://bucket/runs/a --preset gpt2-124m --data c4=gs://bucket/tokens/c4
 
-Exit codes: 0 complete, 75 start again (after a notice), 76 fenced by another incarnation, 78 change
-something first (also after a crash loop), 70 a defect."""
+Exit codes: 0 complete (or stopped, as an operator asked), 75 start again (after a notice), 76
+fenced by another incarnation, 78 change something first (also after a crash loop), 70 a defect."""
 
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 300.0
@@ -68,20 +68,26 @@ class Flags:
 
 
 class Backoff:
-    """How long to wait before the next start: doubling, with jitter, from new after progress."""
+    """How long to wait before the next start: nothing after progress, then doubling, with jitter.
+
+    Progress is a new highest step, so that a start that fails at once is not started at once.
+    """
 
     def __init__(self, uniform: Callable[[float, float], float] = random.uniform) -> None:
         self._uniform = uniform
         self._tries = 0
         self._was_busy = False
-        self._reached = -1
+        self._reached = 0
 
     def after(self, ended: "Outcome") -> float:
         """Seconds to wait after this start. Another owner of the run is given more time."""
-        if ended.ended.reached > self._reached or ended.busy != self._was_busy:
+        progress = ended.ended.reached > self._reached
+        if progress or ended.busy != self._was_busy:
             self._tries = 0
         self._reached = max(self._reached, ended.ended.reached)
         self._was_busy = ended.busy
+        if progress and not ended.busy:
+            return 0.0
         first = BUSY_WAIT_SECONDS if ended.busy else FIRST_WAIT_SECONDS
         longest = min(first * 2.0 ** min(self._tries, 30), LONGEST_WAIT_SECONDS)
         self._tries += 1
@@ -112,7 +118,7 @@ def mind(
             say(stuck)
             return PERMANENT
         seconds = backoff.after(came)
-        say(f"{came.cause}; starting again in {seconds:.1f} s")
+        say(f"{came.cause}; starting again {f'in {seconds:.1f} s' if seconds else 'at once'}")
         if not wait(seconds):
             break
     say("a notice while nothing runs; exit code 75")
@@ -279,6 +285,4 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], bool, list[str]]:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # a store or a metadata service that hangs on another thread is not waited for
+    end_process(main())

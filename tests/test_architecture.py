@@ -29,13 +29,14 @@ PINS: dict[str, set[str]] = {
         *("launch/notice.py", "launch/wake.py"),  # whoever hears signals
         *("launch/start.py", "launch/descendants.py", "launch/minded.py"),  # whoever sends them
         *("launch/chaos/watched.py", "launch/chaos/trial.py"),  # faults
-        *("launch/chaos/one_host.py", "launch/chaos/soak.py"),
+        *("launch/chaos/one_host.py", "launch/chaos/soak.py", "launch/chaos/__main__.py"),
         "launch/outcome.py",  # which names them
         "launch/chaos/hosts.py",  # a host that loses power
     },
     "os.environ": {
         "launch/world.py",  # who we are
         *("launch/start.py", "launch/reporting.py"),  # the supervisor tells its ranks
+        "launch/supervise.py",  # the entry, which passes on what it was started with
         *("launch/chaos/watched.py", "launch/chaos/trial.py"),  # a trial tells its processes
     },
     "os.getenv": set(),

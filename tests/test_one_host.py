@@ -33,6 +33,7 @@ def test_nothing_is_violated(name: str, ground: Ground) -> None:
     [
         ("fence", "stale-writer", "program-0 ended with 0, expected 76"),
         ("pdeathsig", "sigkill-torchrun", "program-0 is over, and left behind process "),
+        ("abandoned", "sigkill-supervisor-start", "the rank has begun to train, and nobody "),
         ("owner", "two-jobs", "program-0 ended before a rank came to where it was to stop"),
     ],
 )
