@@ -138,10 +138,11 @@ def _show(result: "Result") -> None:
 
 
 def _chosen(arguments: Chaos) -> "list[Scenario]":
+    from launch.chaos.containers import CONTAINERS
     from launch.chaos.one_host import ONE_HOST
     from launch.chaos.several_hosts import SEVERAL_HOSTS
 
-    known = {scenario.name: scenario for scenario in (*ONE_HOST, *SEVERAL_HOSTS)}
+    known = {scenario.name: scenario for scenario in (*ONE_HOST, *SEVERAL_HOSTS, *CONTAINERS)}
     unknown = [name for name in arguments.scenario if name not in known]
     if unknown:
         raise ConfigurationError(

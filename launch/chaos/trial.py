@@ -116,7 +116,7 @@ class Program:
     def stopped_or_ended(self) -> Place | None:
         """As `stopped`; None when the program ends instead."""
         found = self.folder / "stopped"
-        self._until(lambda: found.exists() or self.ended, "no rank came to where it was to stop")
+        self.wait_for(lambda: found.exists() or self.ended, "no rank came to where it was to stop")
         if not found.exists():
             return None
         number, step, how = found.read_text().split()
@@ -128,12 +128,12 @@ class Program:
             place[:] = [pid for pid in here if how == "hold" or state(pid) == "T"]
             return bool(place)
 
-        self._until(stands, "a rank said that it would stop, and did not")
+        self.wait_for(stands, "a rank said that it would stop, and did not")
         return Place(place[0], int(step))
 
     def says(self, text: str, times: int = 1) -> None:
         """Wait until this text has been printed so many times."""
-        self._until(lambda: self.output().count(text) >= times, f"it never said {text!r}")
+        self.wait_for(lambda: self.output().count(text) >= times, f"it never said {text!r}")
 
     def processes(self, role: Role | None = None) -> list[int]:
         """Those that live, as this machine counts; all, or those that are one thing."""
@@ -142,7 +142,7 @@ class Program:
 
     def process(self, role: Role) -> int:
         """Wait for a process of this kind."""
-        self._until(lambda: bool(self.processes(role)), f"it never had a process as {role}")
+        self.wait_for(lambda: bool(self.processes(role)), f"it never had a process as {role}")
         return self.processes(role)[0]
 
     def signal(self, number: signal.Signals) -> None:
@@ -187,7 +187,8 @@ class Program:
         self._process.kill()
         self._process.wait()
 
-    def _until(self, happened: Callable[[], bool], otherwise: str) -> None:
+    def wait_for(self, happened: Callable[[], bool], otherwise: str) -> None:
+        """Wait until something is so; that it is not when the program ends is a violation."""
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while not happened():
             if self.ended and not happened():
