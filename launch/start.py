@@ -151,8 +151,7 @@ class Start:
         if deadline < self._deadline:
             self._deadline = deadline
             self._write_deadline(deadline)
-        alive = set(descendants())
-        for pid in {p.pid for p in self._reports.places.values()} & alive - self._signalled:
+        for pid in self._ranks() - self._signalled:
             self._signalled.add(pid)
             send(pid, signal.SIGUSR1)
         if self._clock() >= deadline:
@@ -173,14 +172,14 @@ class Start:
         if self._clock() - self._asked < OUTDATED_SECONDS:
             return ""
         self._asked = self._clock()
-        alive = set(descendants())
-        if any(place.pid in alive for place in self._reports.places.values()):
-            return ""
-        return self._outdated()
+        return "" if self._ranks() else self._outdated()
+
+    def _ranks(self) -> set[int]:
+        """The ranks that live."""
+        return {p.pid for p in self._reports.places.values()} & set(descendants())
 
     def _show_stacks(self) -> None:
-        alive = set(descendants())
-        for pid in {p.pid for p in self._reports.places.values()} & alive:
+        for pid in self._ranks():
             send(pid, signal.SIGUSR2)
         end = self._clock() + STACKS_SECONDS
         while (left := end - self._clock()) > 0 and not self._wake.insisted:

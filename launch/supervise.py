@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from launch.exit_codes import COMPLETE, FENCED, PERMANENT, START_AGAIN
+from launch.exit_codes import COMPLETE, FINAL, PERMANENT, START_AGAIN
 from launch.wake import Wake
 from storage.errors import ConfigurationError, RunBusyError, StoreUnavailableError
 
@@ -94,7 +94,7 @@ def mind(
     noticed: Callable[[], bool],
     say: Callable[[str], None],
     backoff: Backoff,
-    final: Sequence[int] = (COMPLETE, FENCED, PERMANENT),
+    final: Sequence[int] = FINAL,
 ) -> int:
     """Start again and again, until the run is complete, a notice comes, or no restart helps.
 
@@ -265,7 +265,7 @@ def supervise(
             say=say,
             backoff=Backoff(),
             # One of several hosts that was fenced, by the others going on without it, rejoins them.
-            final=(COMPLETE, PERMANENT) if elastic else (COMPLETE, FENCED, PERMANENT),
+            final=(COMPLETE, PERMANENT) if elastic else FINAL,
         )
 
 
