@@ -62,7 +62,7 @@ def test_a_notice_saves_the_step_and_exits_75(
 ) -> None:
     run, unbroken = tmp_path / "run", tmp_path / "unbroken"
     stops = [("micro_batch", 6)]
-    with Program("--run", run, *data, *SHAPE, stops=stops, fresh=True) as program:
+    with Program("--run", run, *data, *SHAPE, stops=stops) as program:
         place = program.stopped()
         place.send(notice, signal.SIGCONT)
         assert program.end() == 75, program.output()
