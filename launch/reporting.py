@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from launch.exit_codes import last_words
+from launch.exit_codes import last_words, one_line
 
 VARIABLE = "RANGEFLOW_SUPERVISOR"
 """Names the socket. That name and `.deadline` is a file: until when a noticed rank may go on."""
@@ -94,7 +94,11 @@ class Reporter:
 
     def ended(self, code: int, error: BaseException | None = None) -> int:
         """The last word: the exit code, and the error behind it. Returns the code."""
-        said = {"exit": code, "error": _line(error), "kind": type(error).__name__}
+        said = {
+            "exit": code,
+            "error": one_line(error) if error else "",
+            "kind": type(error).__name__,
+        }
         words = last_words(error)
         if self._socket is not None:  # worth a short wait, where a place is not
             self._socket.settimeout(_LAST_WORD_SECONDS)
@@ -228,7 +232,3 @@ class Reports:
                     lost_a_peer=bool(said["lost_a_peer"]),
                 )
             )
-
-
-def _line(error: BaseException | None) -> str:
-    return "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:500]

@@ -154,7 +154,7 @@ class Start:
         if self._wake.insisted:
             self._say("a second signal: everything is killed now")
             return True
-        alive = set(descendants()) & {place.pid for place in self._reports.places.values()}
+        alive = self._ranks()
         if not alive and not self._signalled:
             self._say("no rank has begun: nothing is to be saved")
             return True
@@ -183,14 +183,14 @@ class Start:
         if self._outdated is None or self._clock() - self._asked < OUTDATED_SECONDS:
             return ""
         self._asked = self._clock()
-        alive = set(descendants())
-        if any(place.pid in alive for place in self._reports.places.values()):
-            return ""
-        return self._outdated()
+        return "" if self._ranks() else self._outdated()
+
+    def _ranks(self) -> set[int]:
+        """The ranks that live."""
+        return {p.pid for p in self._reports.places.values()} & set(descendants())
 
     def _show_stacks(self) -> None:
-        alive = set(descendants())
-        for pid in {p.pid for p in self._reports.places.values()} & alive:
+        for pid in self._ranks():
             send(pid, signal.SIGUSR2)
         end = self._clock() + STACKS_SECONDS
         while (left := end - self._clock()) > 0 and not self._wake.insisted:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from launch.exit_codes import COMPLETE, FENCED, PERMANENT, START_AGAIN, end_process
+from launch.exit_codes import COMPLETE, FENCED, FINAL, PERMANENT, START_AGAIN, end_process
 from launch.wake import Wake
 from storage.errors import ConfigurationError, RunBusyError, StoreUnavailableError
 
@@ -37,7 +37,6 @@ FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 300.0
 BUSY_WAIT_SECONDS = 15.0
 JUDGE_SECONDS = 60
-_FINAL = (COMPLETE, FENCED, PERMANENT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,8 +108,8 @@ def mind(
     """
     while not noticed():
         came = start()
-        if came.code in _FINAL or noticed():
-            code = came.code if came.code in _FINAL else START_AGAIN
+        if came.code in FINAL or noticed():
+            code = came.code if came.code in FINAL else START_AGAIN
             say(f"{came.cause}; exit code {code}")
             return code
         stuck = judge(came)
