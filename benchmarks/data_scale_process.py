@@ -1,6 +1,6 @@
 """What a start on sources of some size costs, measured in a process of its own, printed as JSON.
 
-`python -m benchmarks.data_scale_process FOLDER`, with what `synthetic_sources.write_sources` wrote.
+`python -m benchmarks.data_scale_process FOLDER`, with what `write_data` wrote.
 Times are in seconds, imports not counted, memory in bytes.
 """
 
@@ -9,13 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-from benchmarks.synthetic_sources import open_sources, plan_of_all
+from benchmarks.synthetic_sources import open_sources, plan_of_all, write_run, write_sources
 from data_service.batches import Batches
+from data_service.source import Source
 
 SEED, CONTEXT, GLOBAL_BATCH_SIZE = 1, 1024, 64
 SAMPLES = (0, 10**8, 10**9)
 EPOCHS = (0, 3)
+_ROOT = Path(__file__).resolve().parents[1]
+_STEP = 10**8 // GLOBAL_BATCH_SIZE
 _ROUNDS, _ROUND_STEPS = 8, 64  # 64 steps of 64: places are found for 4,096 samples at once
 
 OPEN, SEEK, PLACES, RESUME = "open", "seek", "first places", "resume"
@@ -28,13 +32,41 @@ def step_figure(what: str, number: int) -> str:
     return f"batch at {number:.0e} samples" if what == "samples" else f"batch in epoch {number}"
 
 
+def write_data(folder: Path, **kind: Any) -> None:
+    """Write sources as `write_sources` does, and a run whose plan names them all."""
+    write_sources(folder / "data", **kind)
+    write_run(folder / "run", _batches(open_sources(folder / "data")), [_STEP])
+
+
 def measured(folder: Path) -> dict[str, float]:
     """The figures of a fresh process."""
     command = [sys.executable, "-m", "benchmarks.data_scale_process", str(folder)]
-    root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, cwd=root, stdout=subprocess.PIPE, check=True)
+    done = subprocess.run(command, cwd=_ROOT, stdout=subprocess.PIPE, check=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def explain_seconds(folder: Path) -> float:
+    """How long the command takes to tell all of a step."""
+    command = [sys.executable, "-m", "data_service.explain", str(folder / "run")]
+    before = time.perf_counter()
+    done = subprocess.run(
+        [*command, "--step", str(_STEP), "--json"], cwd=_ROOT, stdout=subprocess.PIPE, check=True
+    )
+    taken = time.perf_counter() - before
+    told = json.loads(done.stdout)["sequences"]
+    assert len(told) == GLOBAL_BATCH_SIZE and all(one["text"] for one in told)
+    return taken
+
+
+def _batches(sources: dict[str, Source]) -> Batches:
+    return Batches(
+        plan=plan_of_all(sources),
+        sources=sources,
+        seed=SEED,
+        context=CONTEXT,
+        global_batch_size=GLOBAL_BATCH_SIZE,
+    )
 
 
 def _main(folder: Path) -> None:
@@ -46,21 +78,14 @@ def _main(folder: Path) -> None:
         found[figure] = time.perf_counter() - before
         before = time.perf_counter()
 
-    sources = open_sources(folder)
+    sources = open_sources(folder / "data")
     lap(OPEN)
-    batches = Batches(
-        plan=plan_of_all(sources),
-        sources=sources,
-        seed=SEED,
-        context=CONTEXT,
-        global_batch_size=GLOBAL_BATCH_SIZE,
-    )
-    step = 10**8 // GLOBAL_BATCH_SIZE
-    batches.counts(step)
+    batches = _batches(sources)
+    batches.counts(_STEP)
     lap(SEEK)
-    batches.sample_ids(step)
+    batches.sample_ids(_STEP)
     lap(PLACES)
-    batches.check_cursor(batches.cursor(step))
+    batches.check_cursor(batches.cursor(_STEP))
     lap(RESUME)
     found[MEMORY] = _peak_bytes()
 

@@ -141,7 +141,7 @@ def audit(
     def batches(at: PlanAt) -> Batches:
         missing = at.recorded.plan.sources.keys() - sources.keys()
         if missing:
-            sources.update(open_sources(run, at.recorded, moved))
+            sources.update(open_sources(run, at.recorded, moved, look=False))
         return batches_of(at.recorded, sources)
 
     violations = wrong_edits(plans, past.commits) + _wrong_order(past)

@@ -253,7 +253,7 @@ def _tokens(recorded: RecordedPlan, step: int, max_steps: int) -> dict[str, int]
 def _epochs(run: str, recorded: RecordedPlan, max_steps: int, notes: list[str]) -> dict[str, float]:
     """How often each source has been gone through at the last step, with what came before."""
     try:
-        batches = batches_of(recorded, open_sources(run, recorded, {}))
+        batches = batches_of(recorded, open_sources(run, recorded, {}, look=False))
     except RangeFlowError as error:
         notes.append(f"from here, epochs are not known: {error}")
         return {}

@@ -104,7 +104,8 @@ def explain(
             f"--sequence must be from 0 to {recorded.global_batch_size - 1}, since the global "
             f"batch has {recorded.global_batch_size}; got {sequence}"
         )
-    sources = open_sources(run, recorded, moved_sources(data, list(recorded.plan.sources)))
+    moved = moved_sources(data, list(recorded.plan.sources))
+    sources = open_sources(run, recorded, moved, look=False)
     batches = batches_of(recorded, sources)
     ids = dict(enumerate(batches.sample_ids(step)))
     shards = _shards(ids if sequence is None else {sequence: ids[sequence]}, sources)

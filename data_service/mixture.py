@@ -9,7 +9,7 @@ break, so it looks into the future: weights are taken as if the segment lasted f
 All arithmetic is in integers. A share is in parts per million (PPM) of a sample, constant within a
 step. The j-th sample of a source is *released* when its share reaches j + 1/(2K-2) and *due* when
 it exceeds j + 1 - 1/(2K-2); both follow from the shares alone, so samples are given out by a heap
-of due dates, block by block. The state at any position is just the counts, and it can be found
+of due dates, piece by piece. The state at any position is just the counts, and it can be found
 without going through what lies before: see `_forgotten`.
 
 Covers: the bound, per segment, also while weights ramp; random access.
@@ -28,19 +28,27 @@ import numpy.typing as npt
 from data_service.shares import NEVER, PPM, Points, Shares
 
 BLOCK = 65_536  # samples between two anchors
+_BLOCK_PIECES = 8  # a block is assigned in so many pieces: a start needs one
 _FAR = 1 << 45  # beyond every deadline of a share above 0, and keys stay below 2^63
 _NEAR = 1024  # so far back the past is forgotten when every share is above a few thousandths
-_KEPT_BLOCKS = 32  # a whole period of at most PPM samples, and more
+_KEPT_PIECES = 256  # a whole period of at most PPM samples, and more
 
 Integers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _Block:
-    """Which source each sample of a block comes from, and which of that source's samples it is."""
+class _Piece:
+    """Which source each of its samples comes from, and which of that source's samples it is.
 
+    `counts` are those at its first sample.
+    """
+
+    counts: tuple[int, ...]
     source: npt.NDArray[np.int16]
     ordinal: Integers
+
+    def counts_after(self, samples: int) -> tuple[int, ...]:
+        return _added(self.counts, self.source[:samples])
 
 
 class Mixture:
@@ -64,7 +72,7 @@ class Mixture:
         for number, anchor in enumerate(anchors):
             self._anchors[number] = tuple(int(count) for count in anchor)
             self._check_anchor(number * BLOCK, self._anchors[number])
-        self._blocks: OrderedDict[int, _Block] = OrderedDict()
+        self._pieces: OrderedDict[int, _Piece] = OrderedDict()
         self._lock = threading.RLock()
         # Positions from here on repeat: filled when a position beyond the first period is asked.
         self._periods: list[tuple[int, ...]] = []
@@ -91,13 +99,13 @@ class Mixture:
         ordinals: list[Integers] = [np.empty(0, dtype=np.int64)]
         while lo < hi:
             position, offset = self._folded(lo)
-            within = position % BLOCK
-            count = min(hi - lo, BLOCK - within, self._shares.until_period_end(lo))
-            block = self._block(position // BLOCK)
-            source = block.source[within : within + count]
+            number, within = divmod(position, _piece_samples())
+            count = min(hi - lo, _piece_samples() - within, self._shares.until_period_end(lo))
+            piece = self._piece(number)
+            source = piece.source[within : within + count]
             sources.append(source.astype(np.int64))
             ordinals.append(
-                block.ordinal[within : within + count] + np.array(offset, dtype=np.int64)[source]
+                piece.ordinal[within : within + count] + np.array(offset, dtype=np.int64)[source]
             )
             lo += count
         return np.concatenate(sources), np.concatenate(ordinals)
@@ -154,12 +162,12 @@ class Mixture:
             self._periods.append(behind)
 
     def _counts_unfolded(self, samples: int) -> tuple[int, ...]:
-        number, within = divmod(samples, BLOCK)
-        if within == 0:
-            return self._anchor(number)
-        counts = None if number in self._blocks else self._forgotten(samples)
+        if samples % BLOCK == 0:
+            return self._anchor(samples // BLOCK)
+        number = (samples - 1) // _piece_samples()
+        counts = None if number in self._pieces else self._forgotten(samples)
         if counts is None:
-            counts = _added(self._anchor(number), self._block(number).source[:within])
+            counts = self._piece(number).counts_after(samples - number * _piece_samples())
         return counts
 
     def _anchor(self, number: int) -> tuple[int, ...]:
@@ -169,9 +177,9 @@ class Mixture:
             if number not in self._anchors:
                 counts = self._forgotten(number * BLOCK)
                 if counts is None:
-                    for before in range(self._last_anchor_before(number), number):
-                        counts = _added(self._anchors[before], self._block(before).source)
-                        self._anchors[before + 1] = counts
+                    for next_one in range(self._last_anchor_before(number) + 1, number + 1):
+                        last = self._piece(next_one * _BLOCK_PIECES - 1)
+                        self._anchors[next_one] = last.counts_after(_piece_samples())
                 else:
                     self._anchors[number] = counts
             return self._anchors[number]
@@ -208,22 +216,23 @@ class Mixture:
             back *= 8
         return None
 
-    def _block(self, number: int) -> _Block:
+    def _piece(self, number: int) -> _Piece:
         with self._lock:
-            block = self._blocks.get(number)
-            if block is None:
-                counts = self._anchor(number)
-                source = self._assign(number * BLOCK, counts, BLOCK)
-                ordinal = np.empty(BLOCK, dtype=np.int64)
+            piece = self._pieces.get(number)
+            if piece is None:
+                start, samples = number * _piece_samples(), _piece_samples()
+                counts = self._counts_unfolded(start)
+                source = self._assign(start, counts, samples)
+                ordinal = np.empty(samples, dtype=np.int64)
                 for k in range(self.sources):
                     mine = np.flatnonzero(source == k)
                     ordinal[mine] = counts[k] + np.arange(mine.size)
-                block = self._blocks[number] = _Block(source=source, ordinal=ordinal)
-                while len(self._blocks) > _KEPT_BLOCKS:
-                    self._blocks.popitem(last=False)
+                piece = self._pieces[number] = _Piece(counts=counts, source=source, ordinal=ordinal)
+                while len(self._pieces) > _KEPT_PIECES:
+                    self._pieces.popitem(last=False)
             else:
-                self._blocks.move_to_end(number)
-            return block
+                self._pieces.move_to_end(number)
+            return piece
 
     def _assign(self, start: int, counts: Sequence[int], length: int) -> npt.NDArray[np.int16]:
         """The sources of samples [start, start + length), given the counts at `start`."""
@@ -258,6 +267,10 @@ class Mixture:
             )
         ):
             raise ValueError(f"counts {counts} after {samples} samples are not of this mixture")
+
+
+def _piece_samples() -> int:
+    return BLOCK // _BLOCK_PIECES
 
 
 def _all_due(waiting: Sequence[tuple[int, int]], samples: int) -> bool:

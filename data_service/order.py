@@ -238,7 +238,7 @@ class SourceOrder:
         """Equal keys, of which a million shards have one in 10^7 chances, keep the names' order."""
         key = order_key("shards", self._seed, self._source, epoch)
         hashes = _keyed(key, self._name_keys[self._rows])
-        shards = self._rows[np.argsort(hashes, kind="stable")]
+        shards = self._rows[_ascending(hashes)]
         return _Line(shards, self._shard_windows)
 
     def _permutation(self, epoch: int, shard: int) -> npt.NDArray[np.int32]:
@@ -296,7 +296,16 @@ def order_key(purpose: str, seed: int, source: str, epoch: int, shard: str = "")
 def permutation(key: int, count: int) -> npt.NDArray[np.int32]:
     """0 ... count-1 sorted by a hash of each, under a key of `order_key`."""
     numbers = np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return np.argsort(_keyed(key, numbers)).astype(np.int32)  # no ties: any kind of sort
+    return _ascending(_keyed(key, numbers)).astype(np.int32)
+
+
+def _ascending(hashes: npt.NDArray[np.uint64]) -> Integers:
+    """What a stable argsort gives; of random hashes, in a third of its time.
+
+    A radix sort of the highest 16 bits leaves so little that the second sort merges long runs.
+    """
+    nearly = np.argsort((hashes >> np.uint64(48)).astype(np.uint16), kind="stable")
+    return nearly[np.argsort(hashes[nearly], kind="stable")]
 
 
 def _keyed(key: int, numbers: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:

@@ -88,11 +88,17 @@ def moved_sources(flags: Sequence[str], plan_names: Sequence[str]) -> dict[str, 
     return places
 
 
-def open_sources(run: str, recorded: RecordedPlan, moved: Mapping[str, str]) -> dict[str, Source]:
-    """The sources that the plan names, by name; several at a time, since a store may be far."""
+def open_sources(
+    run: str, recorded: RecordedPlan, moved: Mapping[str, str], *, look: bool = True
+) -> dict[str, Source]:
+    """The sources that the plan names, by name; several at a time, since a store may be far.
+
+    Without `look` the shards are not looked for: for who reads few of them, or none.
+    """
 
     def opened(source: PlanSource) -> Source:
-        return open_source(source.name, located(run, moved.get(source.name, source.url)))
+        place = located(run, moved.get(source.name, source.url))
+        return open_source(source.name, place, look=look)
 
     with ThreadPoolExecutor(_OPENERS, thread_name_prefix="open") as pool:
         return dict(

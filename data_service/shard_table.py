@@ -44,10 +44,6 @@ _COLUMNS: dict[str, str] = {
 _SIZES = ("tokens", "bytes", "documents", "ends_bytes", "mask_bytes")
 _DIGESTS = ("sha256", "ends_sha256", "mask_sha256")
 
-_MAY_STAND = np.zeros(256, dtype=bool)
-_MAY_STAND[[byte for byte in range(128) if SHARD_NAME.fullmatch(chr(byte))]] = True
-_MAY_STAND[0] = True  # a shorter name is filled up with zeros
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShardEntry:
@@ -254,16 +250,20 @@ def _check_names(names: npt.NDArray[np.bytes_], where: str) -> None:
     if not len(names):
         return
     width = names.dtype.itemsize
-    letters = np.ascontiguousarray(names).view(np.uint8).reshape(len(names), width)
-    bad = ~_MAY_STAND[letters].all(axis=1)
-    bad |= (letters[:, 0] == ord(".")) | (letters[:, 0] == 0)
-    dots = letters == ord(".")
-    bad |= (dots[:, :-1] & dots[:, 1:]).any(axis=1)
-    bad |= ((letters[:, :-1] == 0) & (letters[:, 1:] != 0)).any(axis=1)
+    letters = np.ascontiguousarray(names).view(np.uint8)  # all names in one line: few, long steps
+    dots, zeros = letters == ord("."), letters == 0  # zeros fill up a shorter name
+    bad = ~(dots | zeros | (letters == ord("-")) | (letters == ord("_")))
+    bad &= letters - np.uint8(ord("0")) >= 10
+    bad &= (letters | np.uint8(0x20)) - np.uint8(ord("a")) >= 26
+    bad[1:] |= dots[:-1] & dots[1:]
+    bad[::width] |= dots[::width] | zeros[::width]
+    within = zeros[:-1] & ~zeros[1:]
+    within[width - 1 :: width] = False  # the next name begins
+    bad[1:] |= within
     if bad.any():
-        check_shard_name(
-            bytes(letters[np.argmax(bad)]).rstrip(b"\0").decode("latin-1"), where=where
-        )
+        row = int(np.argmax(bad)) // width
+        name = letters[row * width : (row + 1) * width].tobytes().rstrip(b"\0")
+        check_shard_name(name.decode("latin-1"), where=where)
         raise DataError(f"{where}: a shard's name has a zero byte in it; prepare the source again")
     ascends = names[:-1] < names[1:]
     if not ascends.all():

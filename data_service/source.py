@@ -51,13 +51,14 @@ def open_source(
     store: Store | None = None,
     cache: Cache | None = None,
     alternates: Sequence[Store] = (),
+    look: bool = True,
 ) -> "Source":
     """The source at `url`, whole and of the kind its index says; DataError with the reason if not.
 
     Remote shards come through `cache`, if there is one, and from `alternates` when `url` fails;
-    local ones are read where they are. Checks the index, and of a source with at most 1,000
-    shards, that every shard is there, and the size and header of local ones. What is not checked
-    here is checked when it is read.
+    local ones are read where they are. Checks the index, and with `look`, of a source with at most
+    1,000 shards, that every shard is there, and the size and header of local ones. What is not
+    checked here is checked when it is read.
     """
     store = open_store(url) if store is None else store
     where = f"source {name!r} at {url}"
@@ -75,7 +76,7 @@ def open_source(
             f"{index.tokenizer_fingerprint[:12]}, here it is {tokenizer.fingerprint[:12]}; "
             "prepare the source again"
         )
-    if sum(len(index.shards(split)) for split in SPLITS) <= LISTED_SHARDS:
+    if look and sum(len(index.shards(split)) for split in SPLITS) <= LISTED_SHARDS:
         _check_shards((store, *alternates), index, where)
     return Source(
         name=name,

@@ -53,7 +53,7 @@ def outcome(
     place = reports.places[first] if first is not None else None
     return Outcome(
         code=code,
-        cause=_cause(_words(said), error, status, code, place),
+        cause=_cause(_words(said), error, status, code, place, reports.stopped),
         ended=Ended(
             generation=reports.generation,
             phase=place.phase if place else "torchrun",
@@ -87,9 +87,11 @@ def _words(said: Exit | None) -> str:
     return (said.error or f"rank {said.rank} left with {said.code}") if said else ""
 
 
-def _cause(said: str, error: str, status: int, code: int, place: Place | None) -> str:
+def _cause(
+    said: str, error: str, status: int, code: int, place: Place | None, stopped: bool
+) -> str:
     if code == COMPLETE:
-        return "complete"
+        return "stopped, as an operator asked" if stopped else "complete"
     if error or said:
         return error or said
     if status < 0:

@@ -83,6 +83,10 @@ class Reporter:
             self._last_row = self._clock()
             self._send({"row": {k: v for k, v in row.items() if isinstance(v, int | float)}})
 
+    def stopped(self) -> None:
+        """This rank ends because an operator has asked for it."""
+        self._send({"stopped": True})
+
     def ended(self, code: int, error: BaseException | None = None) -> int:
         """The last word: the exit code, and the error behind it. Returns the code."""
         said = {"exit": code, "error": _line(error), "kind": type(error).__name__}
@@ -177,6 +181,7 @@ class Reports:
         self.generation = 0
         self.highest_step = 0
         self.row: dict[str, float] = {}
+        self.stopped = False
 
     def hear(self, news: Callable[[int, Place], None] = lambda rank, place: None) -> None:
         """Take what has come; `news` is told each place of a rank. What makes no sense is left."""
@@ -205,6 +210,8 @@ class Reports:
             self.run, self.generation = str(said["run"]), int(said["generation"])
         elif "row" in said:
             self.row |= {str(name): float(value) for name, value in said["row"].items()}
+        elif "stopped" in said:
+            self.stopped = True
         elif "exit" in said:
             self.exits.append(
                 Exit(

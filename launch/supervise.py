@@ -30,8 +30,8 @@ Examples:
   python -m launch.supervise --health_port 8080 -- --standalone --nproc_per_node=4 --
       launch/train.py --run gs://bucket/runs/a --preset gpt2-124m --data c4=gs://bucket/tokens/c4
 
-Exit codes: 0 complete, 75 start again (after a notice), 76 fenced by another incarnation, 78 change
-something first (also after a crash loop), 70 a defect."""
+Exit codes: 0 complete (or stopped, as an operator asked), 75 start again (after a notice), 76
+fenced by another incarnation, 78 change something first (also after a crash loop), 70 a defect."""
 
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 300.0

@@ -35,10 +35,12 @@ def main(arguments: Sequence[str] | None = None, listener: Listener | None = Non
 
     `listener` hears each phase that is entered, with the number of finished steps.
     """
-    if started_by_torchrun():
+    minded = started_by_torchrun()
+    if minded:
         die_with_parent()
         show_stacks_when_asked()
-    with Notice() as notice, reporter() as report:  # before torch is imported: that takes seconds
+    # Before torch is imported: that takes seconds.
+    with Notice(second_ends=not minded) as notice, reporter() as report:
         try:
             from launch.config import command_line, parse_config
 
@@ -61,7 +63,7 @@ def train(
     config: "RunConfig", notice: Notice, phase: Phase, report: Reporter, ledger: TimeLedger
 ) -> int:
     """One incarnation: from the claim to the exit code."""
-    from checkpointing.beats import Beats
+    from checkpointing.beats import Beats, told_error
     from checkpointing.history import history
     from checkpointing.restore import restore
     from checkpointing.retention import sweep
@@ -101,6 +103,7 @@ def train(
         if run.complete:
             return COMPLETE
         owner = run.incarnation  # None on every rank but 0
+        report.run(config.run, run.generation)
         beats = Beats(store, owner, phase.place) if owner else None
         if owner is not None and beats is not None:
             ledger.reached = reached_before(store, history(owner.records), owner.generation)
@@ -109,7 +112,8 @@ def train(
             stack.enter_context(beats)
             grace.leave = beats.leave
             stack.callback(grace.settle)
-            report.run(config.run, run.generation)
+        else:
+            stack.enter_context(told_error(store, run.generation, world.rank, last_words))
 
         # A snapshot may be newer than any checkpoint.
         tier = open_tier(config, world, store, owner, run.generation)
@@ -173,8 +177,13 @@ def train(
         if any(world.gather(grace.requested())):
             raise StopRequestedError(f"asked to stop before step {step + 1} was begun")
         if not loop.run(step, position, row):
-            return START_AGAIN
+            if not world.on_rank_0(keeper.stopped):
+                return START_AGAIN
+            logger.info("stopped at step %d, as an operator asked", phase.step)
+            report.stopped()
+            return COMPLETE
         if owner is not None:
+            keeper.stopped()  # who asked for it as well has what was asked for
             finish(owner)
         keeper.forget_tier()
         return COMPLETE

@@ -4,10 +4,9 @@ from pathlib import Path
 
 from storage.contract import ObjectInfo, Store, check_key
 from storage.errors import ConfigurationError
-from storage.fsspec_store import FsspecStore
 from storage.local_store import LocalStore
 
-__all__ = ["FsspecStore", "LocalStore", "ObjectInfo", "Store", "check_key", "open_store"]
+__all__ = ["LocalStore", "ObjectInfo", "Store", "check_key", "open_store"]
 
 
 def open_store(url: str) -> Store:
@@ -37,4 +36,6 @@ def open_store(url: str) -> Store:
         )
     if protocol in ("gs", "gcs", "s3", "s3a") and not place.strip("/"):
         raise ConfigurationError(f"{url} names no bucket; expected {protocol}://BUCKET/PLACE")
+    from storage.fsspec_store import FsspecStore  # 0.1 s that a local place need not wait
+
     return FsspecStore(url)

@@ -36,6 +36,7 @@ PINS: dict[str, set[str]] = {
     "os.environ": {
         "launch/world.py",  # who we are
         *("launch/start.py", "launch/reporting.py"),  # the supervisor tells its ranks
+        "launch/supervise.py",  # the entry, which passes on what it was started with
         *("launch/chaos/watched.py", "launch/chaos/trial.py"),  # a trial tells its processes
     },
     "os.getenv": set(),

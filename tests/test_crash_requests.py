@@ -15,7 +15,8 @@ from checkpointing.naming import RUN_KEY
 from checkpointing.restore import restore
 from checkpointing.save import save
 from storage.canonical import canonical_json
-from storage.store import FsspecStore, LocalStore
+from storage.fsspec_store import FsspecStore
+from storage.store import LocalStore
 from tests import gcs_server, s3_server
 from tests.gcs_server import GcsServer
 from tests.made_runs import contents

@@ -78,5 +78,5 @@ def test_the_count_of_calls_sees_a_look_at_each_shard(folders: dict[int, Path]) 
 
 @pytest.mark.soak
 def test_a_million_shards_take_less_than_500_megabytes(tmp_path: Path) -> None:
-    write_sources(tmp_path, sources=12, shards=1_000_000, shard_tokens=2_000_000)
+    write_sources(tmp_path / "data", sources=12, shards=1_000_000, shard_tokens=2_000_000)
     assert measured(tmp_path)[MEMORY] < 500e6

@@ -17,6 +17,7 @@ from data_service.preparation import prepare
 from data_service.run_data import batches_of, open_sources, plans_of, read_log
 from data_service.source import Source, open_source
 from data_service.tokenizer import make_tokenizer
+from storage.errors import DataError
 from storage.store import open_store
 from tests.made_data_runs import DataRun
 from tests.made_sources import plan_of, segment_of
@@ -211,6 +212,27 @@ def test_a_damaged_shard_is_named(
         url.write_bytes(whole[:128] if harm == "truncated" else b"x" * len(whole))
     line = refused(capsys, run.place, "--step=0")
     assert url.stem in line
+
+
+def test_a_shard_that_the_step_does_not_read_is_not_looked_for(tmp_path: Path) -> None:
+    corpus = MemoryCorpus([(f"{n}", text) for n, text in enumerate(TEXTS["tales"])])
+    place = tmp_path / "tales"
+    prepare(
+        corpus,
+        open_store(str(place)),
+        make_tokenizer("bytes"),
+        shard_tokens=1_000,
+        validation_permille=100,
+    )
+    source = open_source("tales", str(place))
+    run = DataRun(str(tmp_path / "run"), {"tales": source}, plan_of([source]))
+    told = explain(run.place, 0)
+    read = {Path(one["url"]).stem for one in told["sequences"]}
+    other = next(entry for entry in source.shards("train") if entry.name not in read)
+    (place / other.tokens_key).unlink()
+    assert explain(run.place, 0) == told
+    with pytest.raises(DataError, match=f"{other.tokens_key} is missing"):
+        open_sources(run.place, plans_of(read_log(run.place))[-1], {})
 
 
 # Real runs.

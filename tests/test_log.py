@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from storage.errors import StoreUnavailableError
+from storage.fsspec_store import FsspecStore
 from storage.log import Draft, Log, Record
-from storage.store import FsspecStore, LocalStore, ObjectInfo, Store
+from storage.store import LocalStore, ObjectInfo, Store
 
 
 @pytest.fixture(params=["local", "memory"])

@@ -161,7 +161,7 @@ def test_any_position_of_a_long_ramp_is_reached_without_anchors() -> None:
     mixture = Mixture(weights=weights, from_step=0, samples_per_step=6400)
     mixture.sources_of(3 * 10**8, 3 * 10**8 + 10)
     mixture.counts_at(5 * 10**8 + 1)
-    assert len(mixture._blocks) == 1  # and not the thousands before
+    assert len(mixture._pieces) == 1  # and not the thousands before
 
 
 def test_one_source_is_constant() -> None:
@@ -222,7 +222,7 @@ def test_anchors_give_the_same_mixture_without_going_through_the_ramp() -> None:
         quick.sources_of(190_000, 190_100), whole.sources_of(190_000, 190_100), strict=True
     ):
         assert np.array_equal(got, expected)
-    assert set(quick._blocks) == {190_000 // 65_536}
+    assert {piece * 8192 // 65_536 for piece in quick._pieces} == {190_000 // 65_536}
 
 
 def test_anchors_of_another_mixture_are_refused() -> None:

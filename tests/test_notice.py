@@ -95,6 +95,21 @@ def test_a_second_notice_ends_the_program_at_once(tmp_path: Path, data: tuple[st
     assert checkpoints(run) == []
 
 
+def test_a_rank_of_torchruns_leaves_in_order_though_a_second_notice_comes(
+    tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    """As torchrun gives it to rank 0 when rank 1 has left first."""
+    run = tmp_path / "run"
+    stops = [("micro_batch", 3), ("save:begin", 1)]
+    with Program("--run", run, *data, *SHAPE, stops=stops, world=2) as program:
+        place = program.stopped()
+        place.send(signal.SIGTERM, signal.SIGCONT)
+        program.stopped().send(signal.SIGTERM, signal.SIGCONT)
+        assert program.end() != 0, "a preempted run must not look finished"
+    assert [c.step for c in checkpoints(run)] == [place.step + 1]
+    assert last_notice(run)["met"] is True
+
+
 def test_handlers_are_put_back() -> None:
     before = signal.getsignal(signal.SIGTERM)
     pipes = len(os.listdir("/proc/self/fd"))
@@ -153,15 +168,15 @@ def test_a_notice_while_data_is_waited_for_is_heard_at_once(
     tmp_path: Path, data: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The data never come; the last finished step is saved."""
-    run, read = tmp_path / "run", Batches.rows
+    run, read = tmp_path / "run", Batches.rows_of_steps
     asked_for, release = threading.Event(), threading.Event()
 
-    def late(batches: Batches, step: int, lo: int, hi: int) -> Rows:
-        if step == 3 and not release.is_set():
+    def late(batches: Batches, first: int, end: int, lo: int, hi: int) -> Rows:
+        if first == 3 and not release.is_set():
             asked_for.wait(TIMEOUT_SECONDS)
             signal.raise_signal(signal.SIGTERM)
             release.wait(TIMEOUT_SECONDS)
-        return read(batches, step, lo, hi)
+        return read(batches, first, end, lo, hi)
 
     def listener(phase: str, step: int) -> None:
         if (phase, step) == ("step", 3):
@@ -169,7 +184,8 @@ def test_a_notice_while_data_is_waited_for_is_heard_at_once(
         if phase == "save:begin":
             release.set()
 
-    monkeypatch.setattr(Batches, "rows", late)
+    monkeypatch.setattr(Batches, "rows_of_steps", late)
+    monkeypatch.setattr(Batches, "steps_together", lambda batches, step, sequences: step + 1)
     assert train_here("--run", run, *data, *SHAPE, listener=listener) == 75
     assert release.is_set()
     assert [c.step for c in checkpoints(run)] == [3]

@@ -29,9 +29,10 @@ from launch.running import Keeper, finish, open_metrics, surroundings
 from launch.world import World
 from storage.canonical import sha256_hex
 from storage.errors import FencedError, StoreUnavailableError
+from storage.fsspec_store import FsspecStore
 from storage.log import Log
 from storage.requests import put_request
-from storage.store import FsspecStore, LocalStore
+from storage.store import LocalStore
 from tests.made_sources import made_source, plan_of
 from tests.programs import checkpoints, curve, final_digest, train_here
 from trainer.metrics import Metrics

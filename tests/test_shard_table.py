@@ -72,7 +72,11 @@ def test_the_bytes_are_frozen() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(chosen=st.lists(st.text("a./ \0\n\x80", max_size=4), min_size=1, max_size=4, unique=True))
+@given(
+    chosen=st.lists(
+        st.text("aZ09-_./@[`{: \0\n\x80", max_size=4), min_size=1, max_size=4, unique=True
+    )
+)
 def test_a_column_of_names_is_refused_when_one_of_them_would_be(chosen: list[str]) -> None:
     column = np.array(sorted(name.encode("latin-1") for name in chosen), dtype="S4")
     good = ShardTable.of([entry("x", sha256="0" * 64)] * 0)  # an empty one, for its columns

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from storage.errors import ConfigurationError
-from storage.store import FsspecStore, LocalStore, open_store
+from storage.fsspec_store import FsspecStore
+from storage.store import LocalStore, open_store
 
 
 def test_paths_and_file_urls_are_folders(tmp_path: Path) -> None:

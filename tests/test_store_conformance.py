@@ -15,8 +15,9 @@ import pytest
 
 from storage.checksum import matches
 from storage.errors import ConfigurationError
+from storage.fsspec_store import FsspecStore
 from storage.probe import examine, probe
-from storage.store import FsspecStore, Store, check_key, open_store
+from storage.store import Store, check_key, open_store
 from tests import gcs_server, s3_server
 from tests.places import drive, reached
 
