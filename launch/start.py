@@ -164,8 +164,11 @@ class Start:
         """For the ranks, on the clock of the wall; whole at any instant."""
         at = time.time() + deadline - self._clock()
         partial = Path(f"{self._deadline_path}.partial")
-        partial.write_text(f"{at:.3f}")
-        partial.rename(self._deadline_path)
+        try:
+            partial.write_text(f"{at:.3f}")
+            partial.rename(self._deadline_path)
+        except OSError as error:  # a full disk: they still save
+            self._say(f"the ranks go by their own --grace_seconds: {error}")
         self._say(f"{self._wake.told[0].source}: the ranks have {deadline - self._clock():.1f} s")
 
     def _waits_in_vain(self) -> str:

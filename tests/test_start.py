@@ -65,6 +65,17 @@ def test_what_has_not_ended_by_the_deadline_is_killed() -> None:
         assert "the grace is over: what has not ended is killed" in program.output()
 
 
+def test_a_deadline_that_cannot_be_written_keeps_no_rank_from_saving() -> None:
+    starts = f"{READY},wait,say=saved,exit=75"
+    with Supervised(2, starts, "--grace_seconds=60", control="fake-full-disk") as program:
+        for _ in range(2):
+            program.pid_of("ready")
+        program.send(signal.SIGTERM)
+        assert program.end() == 75
+        assert program.output().count("saved") == 2
+        assert "the ranks go by their own --grace_seconds: " in program.output()
+
+
 def test_a_second_signal_ends_everything_at_once() -> None:
     with Supervised(2, f"{READY},hang", "--grace_seconds=86400") as program:
         for _ in range(2):
