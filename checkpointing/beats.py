@@ -96,13 +96,15 @@ class Beats:
             self.fenced = True
         except RangeFlowError as error:
             logger.debug("a heartbeat was not written: %s", error)
+        except Exception:  # a thread that ended here would have others take the owner for dead
+            logger.exception("a heartbeat was not written, or what comes with it not done")
 
 
 def read_beat(store: Store, generation: int) -> dict[str, Any]:
     """The last heartbeat of an incarnation, empty when there is none that can be read."""
     try:
         beat = json.loads(store.get(_key(generation)))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return beat if isinstance(beat, dict) else {}
 
