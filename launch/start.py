@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.descendants import descendants, kill_descendants, reap, send
+from launch.descendants import descendants, kill_descendants, processes_below, reap, send
 from launch.hang import AwakeClock, HangWatch
 from launch.outcome import Outcome, not_begun, outcome
 from launch.reporting import VARIABLE, Place, Reports
@@ -75,6 +75,7 @@ class Start:
         """Start torchrun, mind it until it ends or must, and clear away what it began."""
         self._reports.begin()
         self._deadline_path.unlink(missing_ok=True)
+        others = processes_below()  # of who became this supervisor: a shell's `tensorboard &`
         agent = self._spawn()
         ended: dict[int, int] = {}
         hang = ""
@@ -97,7 +98,7 @@ class Start:
                 break
             if self._lingers():
                 break
-        reaped, left = kill_descendants(KILL_SECONDS)
+        reaped, left = kill_descendants(KILL_SECONDS, spared=others)
         ended |= reaped
         self._hear()
         if left:

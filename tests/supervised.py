@@ -34,7 +34,7 @@ def run(control: str, arguments: list[str]) -> int:
     if control == "fake-without-pdeathsig":
         os.environ["WITHOUT_PDEATHSIG"] = "1"
     elif control == "fake-without-clearing":
-        launch.start.kill_descendants = lambda limit: ({}, [])
+        launch.start.kill_descendants = lambda limit, spared: ({}, [])
     elif control == "fake-quick":  # not broken: two ranks at step 3 hang sooner
         launch.start.LOOK_SECONDS = 0.1
         launch.start.STACKS_SECONDS = 0.3
