@@ -223,8 +223,14 @@ def supervise(
         condition = Condition()
         if flags.health_port:
             stack.enter_context(Health(flags.health_port, condition))
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rangeflow-"))
-        reports = stack.enter_context(Reports(str(Path(folder, "reports"))))
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rangeflow-"))
+            reports = stack.enter_context(Reports(str(Path(folder, "reports"))))
+        except OSError as error:
+            raise ConfigurationError(
+                "the temporary folder must take files and a socket, whose path has at most 107 "
+                f"bytes: {error}. Name another, such as TMPDIR=/tmp"
+            ) from error
         stack.enter_context(
             NoticeWatch(
                 clouds(flags.metadata, flags.metadata_url), flags.notice_file, wake.tell, say
