@@ -175,7 +175,7 @@ def watch(
 
 def watch_file(path: str, tell: Tell, wait: Callable[[float], bool]) -> None:
     """Look for a file once a second, until it is there or `wait` returns True."""
-    while not os.path.exists(path):  # Path.exists raises where it must not look
+    while not os.path.exists(path):  # noqa: PTH110 - that raises where it must not look
         if wait(FILE_SECONDS):
             return
     tell(f"the notice file {path} is there (remove it before the next start)", None)

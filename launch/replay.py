@@ -196,8 +196,8 @@ def _outcomes(
         raise ConfigurationError(f"--nodes must be at least 1, got {nodes}")
     if mode == "gang" and nodes > most:
         raise ConfigurationError(
-            f"{trace.name} has at most {most} machines at a time, so that a gang of --nodes {nodes} "
-            f"never runs; give at most {most}, or another --mode"
+            f"{trace.name} has at most {most} machines at a time, so that a gang of --nodes "
+            f"{nodes} never runs; give at most {most}, or another --mode"
         )
     stretches = segments(trace.counts, trace.gap_seconds, mode, nodes)
     world = nodes if mode == "elastic" else 1
