@@ -11,13 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from checkpointing.beats import Beats
+from checkpointing.beats import Beats, read_beat
 from checkpointing.group import Group
 from checkpointing.history import Checkpoint, history
 from checkpointing.incarnation import Incarnation
 from checkpointing.interval import (
+    GUESS_SECONDS,
     MINIMUM_SECONDS,
-    PRIOR_SECONDS,
     SaveCost,
     interval_seconds,
     mean_time_between_preemptions,
@@ -87,11 +87,10 @@ class Keeper:
         self._put_off = 0
         self._curves_wait = False
         self._tokens_in_step = config.batch.global_batch_size * config.model.context
-        self._cost = SaveCost()
+        self._cost = SaveCost(_cost_before(store, incarnation))
         self._begun = False
         self._prepared = False
         self._loss = math.nan
-        self._mean_seconds = PRIOR_SECONDS
         self._inbox = Inbox(store, ASKED)
         self._asked: list[Request] = []
         self._told: list[Request] = []
@@ -100,6 +99,7 @@ class Keeper:
         self._edits_taken: set[str] = set()
         self._lock = threading.Lock()
         self._past = history(incarnation.records if incarnation is not None else ())
+        self._mean_seconds = mean_time_between_preemptions(self._past, time.time())
         self._saver = Saver(
             store,
             incarnation,
@@ -157,6 +157,7 @@ class Keeper:
         """For the heartbeat: the newest loss, and what saves cost."""
         saves = {
             "count": self._cost.saves,
+            "seconds": round(self._cost.seconds, 3),
             "stalled_seconds": round(self.stalled_seconds, 3),
             "durable_seconds": round(self._saver.seconds_until_durable, 3),
         }
@@ -309,6 +310,18 @@ class Keeper:
             self._inbox.answered(request)
         retire(self._store, incarnation, self._config.retention, announce=self._phase.aside)
         incarnation.shorten(lambda: self._store.list("checkpoints/"))
+
+
+def _cost_before(store: Store, incarnation: Incarnation | None) -> float:
+    """What a save cost the incarnation before, by its last heartbeat; a guess without one."""
+    if incarnation is None:
+        return GUESS_SECONDS
+    try:
+        saves = read_beat(store, incarnation.generation - 1).get("saves")
+    except StoreUnavailableError:
+        return GUESS_SECONDS
+    told = saves.get("seconds") if isinstance(saves, dict) else None
+    return float(told) if type(told) in (int, float) and 0 <= told < 3600 else GUESS_SECONDS
 
 
 def loop_config(config: RunConfig) -> LoopConfig:
