@@ -14,7 +14,7 @@ FLOOR_SECONDS = {"step": 60.0, "evaluate": 60.0, "sample": 60.0}
 """By kind of work; any other waits for data or for a store, and has `STORE_FLOOR_SECONDS`."""
 STORE_FLOOR_SECONDS = 600.0
 _REMEMBERED = 50
-_OWN_KINDS = ("evaluate", "sample", "wait_for_save")
+_OWN_KINDS = ("evaluate", "sample", "wait_for_save", "edit")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +112,8 @@ class HangWatch:
             return "start"
         if phase == "step":
             return "data"  # it waits for its rows before it computes
-        return phase if phase in _OWN_KINDS else "step"
+        kind = phase.partition(":")[0]
+        return kind if kind in _OWN_KINDS else "step"
 
     def _limit(self, kind: str) -> float:
         took = self._took.get(kind)
