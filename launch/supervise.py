@@ -61,6 +61,10 @@ class Flags:
                 "grace_seconds must be a number from 0, and start_limit_seconds above 0; got "
                 f"{self.grace_seconds} and {self.start_limit_seconds}"
             )
+        if not self.metadata_url.startswith(("http://", "https://")):
+            raise ConfigurationError(
+                f"metadata_url must begin with http:// or https://; got {self.metadata_url!r}"
+            )
         if not 0 <= self.health_port <= 65535:
             raise ConfigurationError(f"health_port must be from 0 to 65535; got {self.health_port}")
 

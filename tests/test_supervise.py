@@ -194,6 +194,7 @@ def test_torchrun_takes_the_users_own_values() -> None:
         (["--"], "expected `--` and torchrun's arguments"),
         (["--no_such_flag", "--", "x"], "Unrecognized options: --no_such_flag"),
         (["--grace_seconds=-1", "--", "x"], "grace_seconds must be a number from 0"),
+        (["--metadata_url=169.254.169.254", "--", "x"], "metadata_url must begin with http"),
         (["--health_port=70000", "--", "x"], "health_port must be from 0 to 65535; got 70000"),
     ],
 )
