@@ -72,6 +72,8 @@ def replay(arguments: Replay, training: Sequence[str]) -> int:
         raise ConfigurationError(
             f"--notice_seconds must be a number from 0, got {arguments.notice_seconds:g}"
         )
+    if not arguments.trace:
+        raise ConfigurationError("--trace names no file")
     traces = [read_trace(path) for path in arguments.trace]
     if arguments.processes:
         if len(traces) != 1:

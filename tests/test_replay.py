@@ -68,6 +68,11 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, content: str, why: str) -> 
         read_trace(path)
 
 
+def test_a_replay_needs_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", "runs/none", *ALL, "--trace"]) == 78
+    assert "--trace names no file" in capsys.readouterr().err
+
+
 def test_a_trace_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"none\.json: No such file"):
         read_trace(tmp_path / "none.json")
