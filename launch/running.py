@@ -52,6 +52,8 @@ from trainer.step import Flags, StepResult
 
 logger = logging.getLogger(__name__)
 
+_MOST_COST_SECONDS = 3600.0
+
 
 class Keeper:
     """Keeps a run's checkpoints and curves. Only rank 0 has an incarnation and metrics.
@@ -321,7 +323,9 @@ def _cost_before(store: Store, incarnation: Incarnation | None) -> float:
     except StoreUnavailableError:
         return GUESS_SECONDS
     told = saves.get("seconds") if isinstance(saves, dict) else None
-    return float(told) if type(told) in (int, float) and 0 <= told < 3600 else GUESS_SECONDS
+    if not isinstance(told, int | float) or not 0 <= told < _MOST_COST_SECONDS:
+        return GUESS_SECONDS
+    return float(told)
 
 
 def loop_config(config: RunConfig) -> LoopConfig:
