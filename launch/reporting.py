@@ -24,6 +24,7 @@ VARIABLE = "RANGEFLOW_SUPERVISOR"
 _ROW_SECONDS = 1.0
 _MOST_BYTES = 1 << 16
 _LAST_WORD_SECONDS = 1.0
+_NO_SENSE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 class Reporter:
@@ -161,7 +162,11 @@ class Reports:
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
-        self._socket.bind(path)
+        try:
+            self._socket.bind(path)
+        except OSError:
+            self._socket.close()
+            raise
         self.path = path
         self.begin()
 
@@ -199,7 +204,7 @@ class Reports:
                 data = self._socket.recv(_MOST_BYTES)
             except BlockingIOError:
                 return
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            with contextlib.suppress(*_NO_SENSE):
                 self._take(json.loads(data), news)
 
     def _take(self, said: dict[str, Any], news: Callable[[int, Place], None]) -> None:

@@ -107,6 +107,13 @@ def test_what_makes_no_sense_is_left_out(reports: Reports) -> None:
     stranger.connect(reports.path)
     for data in (b"", b"\xff", b"[]", b"3", b"{}", b'{"rank": "x"}', b'{"rank": 0, "exit": null}'):
         stranger.send(data)
+    for data in (
+        b'{"rank": 1e999}',
+        b"[" * 60_000,
+        b'{"rank": 0, "row": {"x": %s}}' % (b"9" * 400),
+    ):
+        stranger.send(data)
+        assert heard(reports) == []
     stranger.send(b'{"rank": 0, "pid": 5, "phase": "open", "step": 0}')
     stranger.close()
     assert heard(reports) == [(0, "open", 0)]
