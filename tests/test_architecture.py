@@ -31,6 +31,7 @@ PINS: dict[str, set[str]] = {
         *("launch/start.py", "launch/descendants.py", "launch/minded.py"),  # whoever sends them
         *("launch/chaos/watched.py", "launch/chaos/trial.py"),  # faults
         *("launch/chaos/one_host.py", "launch/chaos/soak.py", "launch/chaos/__main__.py"),
+        *("launch/chaos/several_hosts.py", "launch/chaos/containers.py"),
         "launch/outcome.py",  # which names them
         "launch/chaos/hosts.py",  # a host that loses power
     },

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from checkpointing.incarnation import claim_run
 from launch import elastic
 from launch.elastic import (
     VARIABLE,
@@ -17,8 +18,12 @@ from launch.elastic import (
     run_of,
 )
 from launch.rendezvous import Reach
-from storage.errors import ConfigurationError
+from storage.canonical import canonical_json
+from storage.errors import ConfigurationError, StoreUnavailableError
+from storage.log import Log
+from storage.store import open_store
 from tests.hosts import network
+from tests.made_runs import RUN
 
 TRAIN = "launch/train.py"
 
@@ -84,6 +89,32 @@ def test_torchrun_gets_the_place_and_keeps_what_the_user_set(
     again = Elastic([*user, TRAIN, "--run", str(tmp_path)], lambda name: "mine", told.append)
     joined = again.join(lambda seconds: True)
     assert joined is not None and joined.environment["GLOO_SOCKET_IFNAME"] == "mine"
+
+
+def test_whether_the_run_is_still_this_jobs_is_read_from_its_newest_claim(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.put("run.json", canonical_json(RUN))
+    one = Elastic(["--rdzv-id=j", TRAIN, f"--run={tmp_path}"], lambda name: None, print)
+    assert one.still_ours()
+    for job, ours in (("j", True), ("another", False), ("j", True)):
+        claim_run(store, Log(store), body={"job": job}, take_over=True)
+        assert one.still_ours() == ours
+
+
+def test_a_store_that_fails_ends_no_supervisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = Elastic(["--local-addr=127.0.0.1", TRAIN, f"--run={tmp_path}"], lambda name: None, print)
+    joined = one.join(lambda seconds: True)
+    assert joined is not None
+
+    def refuse(*arguments: object, **rest: object) -> None:
+        raise StoreUnavailableError("no answer")
+
+    monkeypatch.setattr(type(open_store(str(tmp_path))), "list", refuse)
+    monkeypatch.setattr(elastic, "Watch", lambda store: refuse)
+    assert one.outdated(joined) == ""
+    assert one.still_ours()
 
 
 def test_a_notice_while_hosts_have_not_met_ends_the_wait(tmp_path: Path) -> None:

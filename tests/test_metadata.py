@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 import launch.metadata
+from launch.chaos.hosts import Host
+from launch.exit_codes import COMPLETE, START_AGAIN
 from launch.metadata import (
     FIRST_RETRY_SECONDS,
     LONGEST_RETRY_SECONDS,
@@ -19,7 +21,9 @@ from launch.metadata import (
     watch,
     watch_file,
 )
+from tests.hosts import Running, network, python
 from tests.metadata_server import MetadataServer
+from tests.programs import ROOT
 
 CLOUDS = ("gce", "aws", "azure")
 NOON = datetime.fromisoformat("2026-11-21T12:00:00Z").timestamp()
@@ -199,3 +203,39 @@ def test_a_notice_file_where_nobody_may_look_is_not_there() -> None:
     watcher = Watcher()
     watch_file("/" + "x" * 300, watcher.tell, watcher.wait)
     assert watcher.told == [] and len(watcher.waits) == 20
+
+
+SERVICE = "169.254.169.254"
+"""Where each cloud has its metadata service, and where the supervisor asks by default."""
+
+
+def minded(host: Host, cloud: str, answers: str, words: str) -> Running:
+    """The supervisor over one stand-in for a rank, on a host with such a service."""
+    server = python(host, ROOT / "tests" / "metadata_server.py", SERVICE, "80", cloud, answers)
+    server.says("ready")
+    return python(host, ROOT / "tests" / "supervised.py", "fake", "--", "1", words)
+
+
+def test_each_clouds_notice_is_heard_on_the_clouds_own_address() -> None:
+    """A service that flaps before it gives notice, on a host for each cloud."""
+    answers = "no,500,404,no,notice"
+    with network(3) as lan:
+        programs = []
+        for host, cloud in zip(lan.hosts, CLOUDS, strict=True):
+            host.call("ip", "address", "add", f"{SERVICE}/32", "dev", "lo")
+            programs.append(minded(host, cloud, answers, "step=3,wait,exit=75"))
+        for program, cloud in zip(programs, CLOUDS, strict=True):
+            assert program.end() == START_AGAIN, program.output()
+            assert f"supervise: the metadata service of {cloud}" in program.output().lower()
+
+
+@pytest.mark.parametrize("answer", ["404", "401", "hang", "500,404,reset,nonsense"])
+def test_a_service_that_gives_no_notice_ends_no_run(answer: str) -> None:
+    with network(3) as lan:
+        programs = []
+        for host, cloud in zip(lan.hosts, CLOUDS, strict=True):
+            host.call("ip", "address", "add", f"{SERVICE}/32", "dev", "lo")
+            programs.append(minded(host, cloud, answer, "step=3,step=4"))
+        for program in programs:
+            assert program.end() == COMPLETE, program.output()
+            assert "the ranks have" not in program.output()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from launch.exit_codes import exit_code
+from launch.links import HostLostError
 from launch.outcome import Outcome, outcome
 from launch.reporting import Reporter, Reports
 from storage.errors import ConfigurationError, FencedError, RunBusyError, StoreUnavailableError
@@ -33,9 +34,13 @@ class Ranks:
         else:
             self.ranks[rank].ended(exit_code(error), error)
 
-    def outcome(self, status: int, *, noticed: bool = False, hang: str = "") -> Outcome:
+    def outcome(
+        self, status: int, *, noticed: bool = False, hang: str = "", several_hosts: bool = False
+    ) -> Outcome:
         self.reports.hear()
-        return outcome(self.reports, status, noticed=noticed, hang=hang)
+        return outcome(
+            self.reports, status, noticed=noticed, hang=hang, several_hosts=several_hosts
+        )
 
 
 @pytest.fixture
@@ -137,6 +142,26 @@ def test_without_a_word_of_a_rank_torchruns_end_counts(
         came = ranks.outcome(status)
     assert (came.code, came.ended.phase) == (code, "torchrun")
     assert not came.ended.in_order
+
+
+def test_hosts_that_were_lost_or_not_met_are_no_defect_of_this_one(
+    two: Ranks, tmp_path: Path
+) -> None:
+    for rank in range(2):
+        two.end(rank, HostLostError("10.77.0.3 has not answered for 20 s"))
+    came = two.outcome(1, several_hosts=True)
+    assert (came.code, came.ended.in_order) == (75, True)
+    assert came.cause == "HostLostError: 10.77.0.3 has not answered for 20 s"
+    assert not two.outcome(-9, several_hosts=True).ended.in_order, "torchrun was killed"
+    (tmp_path / "none").mkdir()
+    with Ranks(tmp_path / "none", 0) as none:
+        assert none.outcome(75, several_hosts=True).ended.in_order
+        assert not none.outcome(70, several_hosts=True).ended.in_order
+
+
+def test_a_rank_of_this_host_that_died_without_a_word_is_its_defect(two: Ranks) -> None:
+    two.end(0, LOST)
+    assert not two.outcome(1, several_hosts=True).ended.in_order
 
 
 def test_a_notice_is_75_unless_a_person_must_look(two: Ranks) -> None:

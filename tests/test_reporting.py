@@ -114,7 +114,7 @@ def test_what_makes_no_sense_is_left_out(reports: Reports) -> None:
     ):
         stranger.send(data)
         assert heard(reports) == []
-    stranger.send(b'{"rank": 0, "pid": 5, "phase": "open", "step": 0}')
+    stranger.send(b'{"rank": 0, "local_rank": 0, "pid": 5, "phase": "open", "step": 0}')
     stranger.close()
     assert heard(reports) == [(0, "open", 0)]
 
@@ -130,3 +130,28 @@ def test_the_environment_names_socket_and_rank(
     assert not started_by_torchrun()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     assert started_by_torchrun()
+
+
+def test_a_world_that_torchrun_makes_anew_begins_from_new(
+    reports: Reports, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ranks have other numbers; what remains is how far the run came."""
+    with Reporter(reports.path, 0) as first, Reporter(reports.path, 1) as second:
+        first.place("step", 7)
+        first.ended(75)
+        second.ended(75)
+    reports.hear()
+    assert (len(reports.places), len(reports.exits), reports.world) == (2, 2, 1)
+    monkeypatch.setattr(os, "getpid", lambda: 99)
+    with Reporter(reports.path, 3, local_rank=1), Reporter(reports.path, 2, local_rank=0):
+        reports.hear()
+    assert (sorted(reports.places), reports.exits, reports.world) == ([2, 3], [], 2)
+    assert reports.highest_step == 7
+
+
+def test_a_rank_that_begins_late_makes_no_new_world(reports: Reports) -> None:
+    with Reporter(reports.path, 0) as first:
+        first.ended(78)
+    with Reporter(reports.path, 1):
+        reports.hear()
+    assert ([said.code for said in reports.exits], reports.world) == ([78], 1)

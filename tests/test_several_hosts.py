@@ -1,5 +1,6 @@
-"""A world of several hosts grows and shrinks, by torchrun alone, and ends with the same bits.
+"""A world of several hosts grows and shrinks, and ends with the same bits.
 
+By the scenarios of `launch.chaos` under a supervisor on each host, and by torchrun alone.
 Rank 0, always on host 0, stops itself at given places; there the test changes the hosts, and then
 lets it go on. Everybody else stands in a collective meanwhile.
 """
@@ -15,6 +16,8 @@ from pathlib import Path
 import pytest
 
 from launch.chaos.hosts import Network
+from launch.chaos.scenarios import Ground, lacking
+from launch.chaos.several_hosts import SEVERAL_HOSTS
 from storage.log import Log
 from storage.store import open_store
 from tests.hosts import Running, network, python
@@ -135,6 +138,7 @@ def worlds(run: Path) -> list[int]:
     return [record.body["world_size"] for record in records if record.kind == "CLAIM"]
 
 
+@pytest.mark.soak
 def test_a_newcomer_joins_after_the_step_in_which_it_came(
     alone: Path, tmp_path: Path, data: tuple[str, ...]
 ) -> None:
@@ -252,3 +256,23 @@ def test_without_the_host_where_they_met_the_others_meet_elsewhere_and_it_comes_
     assert worlds(run)[0] == 3 and worlds(run)[-2:] == [2, 3]
     assert final_digest(run) == final_digest(alone)
     assert rows(run) == rows(alone)
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory: pytest.TempPathFactory) -> Ground:
+    return Ground(tmp_path_factory.mktemp("several_hosts"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name == "newcomer" else pytest.param(name, marks=pytest.mark.soak)
+        for name in (scenario.name for scenario in SEVERAL_HOSTS)
+    ],
+)
+def test_under_supervisors_nothing_is_violated(name: str, ground: Ground) -> None:
+    scenario = next(one for one in SEVERAL_HOSTS if one.name == name)
+    if why_not := lacking(scenario.needs):
+        pytest.skip(why_not)
+    result = ground.play(scenario)
+    assert result.outcome == "passed", f"{result.folder}: {result.violations}"

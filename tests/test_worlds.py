@@ -45,6 +45,19 @@ def test_any_number_of_processes_gives_the_same_bits(
     assert rows(run) == rows(alone)
 
 
+@pytest.mark.soak
+def test_without_the_tree_each_number_of_processes_has_bits_of_its_own(
+    tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    """The control: a plain all-reduce."""
+    digests = set()
+    for world in (1, 2, 3, 4):
+        run = tmp_path / f"run{world}"
+        train("--run", run, *data, *SHAPE, "--reduction=fast", world=world)
+        digests.add(final_digest(run))
+    assert len(digests) > 1
+
+
 @pytest.mark.parametrize("waits", [pytest.param(True, marks=pytest.mark.soak), False])
 def test_a_walk_over_1_4_2_1_processes_gives_the_same_bits(
     waits: bool, alone: Path, tmp_path: Path, data: tuple[str, ...]
