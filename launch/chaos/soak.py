@@ -149,11 +149,14 @@ def _deal(trial: Trial, blows: Sequence[Blow]) -> None:
 
 
 def _strike(program: Program, place: Place, blow: Blow) -> None:
-    """What is stopped goes on before anything is killed, unless both are in one blow."""
-    stopped: list[int] = []
+    """Deal the faults of a blow; what was stopped, and still lives, then goes on.
+
+    Each is woken once: a second SIGCONT could wake a rank from its next stop.
+    """
+    stopped = {place.pid}
     for fault in blow.faults:
         if fault in _STOPS:
-            stopped += _send(program, _STOPS[fault], signal.SIGSTOP)
+            stopped |= _send(program, _STOPS[fault], signal.SIGSTOP)
             time.sleep(blow.stop_seconds)
         elif fault in _KILLS:
             _send(program, _KILLS[fault], signal.SIGKILL)
@@ -161,15 +164,14 @@ def _strike(program: Program, place: Place, blow: Blow) -> None:
             program.signal(signal.SIGINT if fault == "SIGINT" else signal.SIGTERM)
     for pid in stopped:
         Place(pid, place.step).go_on()
-    place.go_on()
 
 
-def _send(program: Program, role: Role, number: signal.Signals) -> list[int]:
+def _send(program: Program, role: Role, number: signal.Signals) -> set[int]:
     """To the first process that is one, if there is still any; whom it was sent to."""
     found = program.processes(role)[:1]
     for pid in found:
         Place(pid, 0).signal(number)
-    return found
+    return set(found)
 
 
 def _faults(draw: random.Random, most: int) -> tuple[Fault, ...]:
