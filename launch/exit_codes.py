@@ -15,6 +15,9 @@ START_AGAIN = 75
 FENCED = 76
 PERMANENT = 78
 
+FINAL = (COMPLETE, FENCED, PERMANENT)
+"""Codes that end the supervisor as well; any other starts the program again."""
+
 
 def exit_code(error: BaseException) -> int:
     """The exit code of a process that ends with this error, and one line about it on stderr.
@@ -44,7 +47,12 @@ def own_error(error: BaseException | None) -> dict[str, Any] | None:
     code = error.exit_code if isinstance(error, RangeFlowError) else INTERNAL
     if code in (START_AGAIN, FENCED):
         return None
-    return {"code": code, "line": " ".join(f"{type(error).__name__}: {error}".split())[:500]}
+    return {"code": code, "line": one_line(error)}
+
+
+def one_line(error: BaseException) -> str:
+    """The kind and the message of an error, in at most 500 characters."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def last_words(error: BaseException | None) -> dict[str, Any]:

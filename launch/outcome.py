@@ -4,11 +4,8 @@ import signal
 from dataclasses import dataclass
 
 from launch.crash_loop import Ended
-from launch.exit_codes import COMPLETE, FENCED, INTERNAL, PERMANENT, START_AGAIN
+from launch.exit_codes import COMPLETE, FENCED, FINAL, INTERNAL, PERMANENT, START_AGAIN
 from launch.reporting import Exit, Place, Reports
-
-FINAL = (COMPLETE, FENCED, PERMANENT)
-"""Codes that end the supervisor as well; any other starts the program again."""
 
 _PRIORITY = (PERMANENT, FENCED, START_AGAIN)
 

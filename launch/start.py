@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.descendants import descendants, kill_descendants, reap, send
+from launch.descendants import descendants, kill_descendants, processes_below, reap, send
 from launch.hang import AwakeClock, HangWatch
 from launch.outcome import Outcome, not_begun, outcome
 from launch.reporting import VARIABLE, Place, Reports
@@ -76,6 +76,7 @@ class Start:
         """Start torchrun, mind it until it ends or must, and clear away what it began."""
         self._reports.begin()
         self._deadline_path.unlink(missing_ok=True)
+        others = processes_below()  # of who became this supervisor: a shell's `tensorboard &`
         agent = self._spawn()
         ended: dict[int, int] = {}
         hang = ""
@@ -98,7 +99,7 @@ class Start:
                 break
             if self._lingers():
                 break
-        reaped, left = kill_descendants(KILL_SECONDS)
+        reaped, left = kill_descendants(KILL_SECONDS, spared=others)
         ended |= reaped
         self._hear()
         if left:
@@ -154,7 +155,7 @@ class Start:
         if self._wake.insisted:
             self._say("a second signal: everything is killed now")
             return True
-        alive = set(descendants()) & {place.pid for place in self._reports.places.values()}
+        alive = self._ranks()
         if not alive and not self._signalled:
             self._say("no rank has begun: nothing is to be saved")
             return True
@@ -174,8 +175,11 @@ class Start:
         """For the ranks, on the clock of the wall; whole at any instant."""
         at = time.time() + deadline - self._clock()
         partial = Path(f"{self._deadline_path}.partial")
-        partial.write_text(f"{at:.3f}")
-        partial.rename(self._deadline_path)
+        try:
+            partial.write_text(f"{at:.3f}")
+            partial.rename(self._deadline_path)
+        except OSError as error:  # a full disk: they still save
+            self._say(f"the ranks go by their own --grace_seconds: {error}")
         self._say(f"{self._wake.told[0].source}: the ranks have {deadline - self._clock():.1f} s")
 
     def _waits_in_vain(self) -> str:
@@ -183,14 +187,14 @@ class Start:
         if self._outdated is None or self._clock() - self._asked < OUTDATED_SECONDS:
             return ""
         self._asked = self._clock()
-        alive = set(descendants())
-        if any(place.pid in alive for place in self._reports.places.values()):
-            return ""
-        return self._outdated()
+        return "" if self._ranks() else self._outdated()
+
+    def _ranks(self) -> set[int]:
+        """The ranks that live."""
+        return {p.pid for p in self._reports.places.values()} & set(descendants())
 
     def _show_stacks(self) -> None:
-        alive = set(descendants())
-        for pid in {p.pid for p in self._reports.places.values()} & alive:
+        for pid in self._ranks():
             send(pid, signal.SIGUSR2)
         end = self._clock() + STACKS_SECONDS
         while (left := end - self._clock()) > 0 and not self._wake.insisted:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from launch.exit_codes import COMPLETE, FENCED, PERMANENT, START_AGAIN, end_process
+from launch.exit_codes import COMPLETE, FENCED, FINAL, PERMANENT, START_AGAIN, end_process
 from launch.wake import Wake
 from storage.errors import ConfigurationError, RunBusyError, StoreUnavailableError
 
@@ -37,7 +37,6 @@ FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 300.0
 BUSY_WAIT_SECONDS = 15.0
 JUDGE_SECONDS = 60
-_FINAL = (COMPLETE, FENCED, PERMANENT)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,6 +61,10 @@ class Flags:
             raise ConfigurationError(
                 "grace_seconds must be a number from 0, and start_limit_seconds above 0; got "
                 f"{self.grace_seconds} and {self.start_limit_seconds}"
+            )
+        if not self.metadata_url.startswith(("http://", "https://")):
+            raise ConfigurationError(
+                f"metadata_url must begin with http:// or https://; got {self.metadata_url!r}"
             )
         if not 0 <= self.health_port <= 65535:
             raise ConfigurationError(f"health_port must be from 0 to 65535; got {self.health_port}")
@@ -109,8 +112,8 @@ def mind(
     """
     while not noticed():
         came = start()
-        if came.code in _FINAL or noticed():
-            code = came.code if came.code in _FINAL else START_AGAIN
+        if came.code in FINAL or noticed():
+            code = came.code if came.code in FINAL else START_AGAIN
             say(f"{came.cause}; exit code {code}")
             return code
         stuck = judge(came)
@@ -229,8 +232,14 @@ def supervise(
         condition = Condition()
         if flags.health_port:
             stack.enter_context(Health(flags.health_port, condition))
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rangeflow-"))
-        reports = stack.enter_context(Reports(str(Path(folder, "reports"))))
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rangeflow-"))
+            reports = stack.enter_context(Reports(str(Path(folder, "reports"))))
+        except OSError as error:
+            raise ConfigurationError(
+                "the temporary folder must take files and a socket, whose path has at most 107 "
+                f"bytes: {error}. Name another, such as TMPDIR=/tmp"
+            ) from error
         stack.enter_context(
             NoticeWatch(
                 clouds(flags.metadata, flags.metadata_url), flags.notice_file, wake.tell, say

@@ -4,6 +4,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ PINS: dict[str, set[str]] = {
         *("launch/notice.py", "launch/wake.py"),  # whoever hears signals
         *("launch/start.py", "launch/descendants.py", "launch/minded.py"),  # whoever sends them
         *("launch/chaos/watched.py", "launch/chaos/trial.py"),  # faults
-        *("launch/chaos/one_host.py", "launch/chaos/soak.py"),
+        *("launch/chaos/one_host.py", "launch/chaos/soak.py", "launch/chaos/__main__.py"),
         "launch/outcome.py",  # which names them
         "launch/chaos/hosts.py",  # a host that loses power
     },
@@ -64,6 +65,7 @@ EXECUTES_DATA = {
 """What would run code that somebody put into a file or a message."""
 
 
+@cache
 def modules(root: Path) -> dict[str, ast.Module]:
     """Every module of the five packages, by its path below `root`."""
     return {
@@ -85,6 +87,7 @@ def imports(tree: ast.Module) -> Iterator[str]:
             yield from (str(name) for name in names)
 
 
+@cache
 def names(tree: ast.Module) -> set[str]:
     """Dotted names of all that the module names, with `import ... as` undone."""
     aliases: dict[str, str] = {}

@@ -62,7 +62,7 @@ def test_a_notice_saves_the_step_and_exits_75(
 ) -> None:
     run, unbroken = tmp_path / "run", tmp_path / "unbroken"
     stops = [("micro_batch", 6)]
-    with Program("--run", run, *data, *SHAPE, stops=stops, fresh=True) as program:
+    with Program("--run", run, *data, *SHAPE, stops=stops) as program:
         place = program.stopped()
         place.send(notice, signal.SIGCONT)
         assert program.end() == 75, program.output()
@@ -73,12 +73,13 @@ def test_a_notice_saves_the_step_and_exits_75(
     assert curve(run) == curve(unbroken)
 
 
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_a_notice_to_one_of_two_processes_stops_both_at_the_same_step(
-    tmp_path: Path, data: tuple[str, ...]
+    fresh: bool, tmp_path: Path, data: tuple[str, ...]
 ) -> None:
-    """Of torchrun, whose exit code depends on those of its processes."""
+    """Fresh, of torchrun, whose exit code depends on those of its processes."""
     run, stops = tmp_path / "run", [("micro_batch", 3)]
-    with Program("--run", run, *data, *SHAPE, stops=stops, world=2, fresh=True) as program:
+    with Program("--run", run, *data, *SHAPE, stops=stops, world=2, fresh=fresh) as program:
         place = program.stopped()
         place.send(signal.SIGTERM, signal.SIGCONT)
         assert program.end() != 0, "a preempted run must not look finished"

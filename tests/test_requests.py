@@ -116,9 +116,9 @@ def test_a_start_that_is_killed_while_it_stops_has_answered_nothing(
 ) -> None:
     """So the next start, which nobody but a supervisor has wanted, stops as well."""
     run = tmp_path / "run"
-    stops = [("save:committed", 1)]
-    arguments = ("--run", run, *data, *SHAPE)
-    assert train_here(*arguments, "--max_steps=2") == 0
+    stops = [("retire:chosen", 1)]  # after the commit
+    arguments = ("--run", run, *data, *SHAPE, "--keep_last=2")
+    assert train_here(*arguments, "--max_steps=2", "--save_interval_steps=1") == 0
     ask(open_store(str(run)), "stop")
     with Program(*arguments, stops=stops, control="prompt") as program:
         program.stopped().send(signal.SIGKILL)
@@ -126,7 +126,7 @@ def test_a_start_that_is_killed_while_it_stops_has_answered_nothing(
     assert seen(str(run)) != []
     train(*arguments, world=2, control="prompt")
     assert seen(str(run)) == []
-    assert [c.step for c in checkpoints(run)] == [2, 3, 4]
+    assert [c.step for c in checkpoints(run)] == [3, 4]
 
 
 def test_a_stop_that_comes_with_the_last_step_is_answered_by_the_end(
