@@ -162,9 +162,16 @@ def test_an_elastic_world_told_of_a_loss_goes_on_with_the_rest_at_once() -> None
         "restart": 10 + 5,
         "useful": 28 + 26 / 2,
         "save": 5,
-        "waiting": 7 / 2,
+        "leaving": 7 / 2,
         "lost": 1 / 2,
     }
+
+
+def test_machines_that_are_about_to_go_are_not_taken_in_again() -> None:
+    outcome = simulate(counted((300, 2), (60, 1)), every(20), nodes=2, notice_seconds=200)
+    assert outcome.restarts == 2
+    assert outcome.parts["waiting"] == 0
+    assert outcome.parts["leaving"] > 90 * SECOND
 
 
 def test_segments_are_told_by_mode() -> None:
