@@ -4,9 +4,10 @@ from storage.errors import ConfigurationError
 from storage.requests import put_request
 from storage.store import Store
 
+STOP = "stop"
 KINDS = {
     "save": "save at the next step boundary",
-    "stop": "save, and leave so that a restart goes on (exit code 75)",
+    STOP: "save, and leave with exit code 0: nothing starts it again but a person",
 }
 """What can be asked, and what the owner then does. A request is answered once that is done."""
 

@@ -1,10 +1,14 @@
-"""Heartbeats: one small object per incarnation that says it is alive, and in which phase."""
+"""Heartbeats: one small object per incarnation that says it is alive, and in which phase.
+
+Rank 0 writes them; another rank that ends with an error leaves its words beside them.
+"""
 
 import json
 import logging
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -102,11 +106,39 @@ class Beats:
 
 def read_beat(store: Store, generation: int) -> dict[str, Any]:
     """The last heartbeat of an incarnation, empty when there is none that can be read."""
+    return _read(store, _key(generation))
+
+
+@contextmanager
+def told_error(
+    store: Store,
+    generation: int,
+    rank: int,
+    last_words: Callable[[BaseException | None], dict[str, Any]],
+) -> Iterator[None]:
+    """For a rank that writes no heartbeats: an error of its own is put down. Best effort."""
     try:
-        beat = json.loads(store.get(_key(generation)))
-    except (FileNotFoundError, ValueError, RecursionError):
-        return {}
-    return beat if isinstance(beat, dict) else {}
+        yield
+    except Exception as error:
+        words = last_words(error)
+        if "error" in words:
+            try:
+                store.put(f"{_stem(generation)}-rank{rank}.json", canonical_json(words))
+            except RangeFlowError as failure:
+                logger.debug("the error of rank %d was not written: %s", rank, failure)
+        raise
+
+
+def read_error(store: Store, generation: int, beat: Mapping[str, Any]) -> dict[str, Any]:
+    """The error with which an incarnation ended, by its last heartbeat or by another rank's words.
+
+    Empty when it ended with none of its own, or did not say so.
+    """
+    told: list[Mapping[str, Any]] = [beat] if "error" in beat else []
+    if not told and (not beat.get("left") or beat.get("lost_a_peer")):
+        told = [_read(store, key) for key in store.list(f"{_stem(generation)}-rank")]
+    errors = [words["error"] for words in told if isinstance(words.get("error"), dict)]
+    return errors[0] if errors else {}
 
 
 def silent_seconds(store: Store, generation: int) -> float:
@@ -128,5 +160,17 @@ def silent_seconds(store: Store, generation: int) -> float:
     return 0.0 if now is None or last is None else max(0.0, now - last)
 
 
+def _read(store: Store, key: str) -> dict[str, Any]:
+    try:
+        beat = json.loads(store.get(key))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return {}
+    return beat if isinstance(beat, dict) else {}
+
+
 def _key(generation: int) -> str:
-    return f"beats/g{generation:04d}.json"
+    return f"{_stem(generation)}.json"
+
+
+def _stem(generation: int) -> str:
+    return f"beats/g{generation:04d}"

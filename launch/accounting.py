@@ -14,6 +14,7 @@ from typing import Any
 
 from checkpointing.beats import read_beat
 from checkpointing.naming import read_run
+from launch.grace import deadlines
 from launch.time_ledger import PARTS
 from storage.log import Log, Record
 from storage.store import Store, open_store
@@ -124,14 +125,14 @@ def account(lives: Sequence[Life]) -> Account:
             between = life.began - lives[place - 1].ended
             parts[GAP] += max(0, between)
             parts["start"] -= min(life.parts["start"], max(0, -between))
-    outcomes = [_notice(life.beat) for life in lives]
+    met, missed = deadlines(life.beat for life in lives)
     return Account(
         wall=sum(parts.values()),
         parts=parts,
         incarnations=len(lives),
         untold=sum(not life.told for life in lives),
-        notices_met=outcomes.count("met"),
-        notices_missed=outcomes.count("missed"),
+        notices_met=met,
+        notices_missed=missed,
     )
 
 
@@ -228,14 +229,3 @@ def _amounts(values: Sequence[object]) -> list[float] | None:
     found = [x for x in values if isinstance(x, int | float) and not isinstance(x, bool)]
     good = len(found) == len(values) and all(0 <= x < _MOST for x in found)
     return [float(x) for x in found] if good else None
-
-
-def _notice(beat: Mapping[str, Any]) -> str:
-    """Whether the deadline of a notice was "met" or "missed"; "" where none came.
-
-    Missed is also that of a process which was stopped before it could say so.
-    """
-    told = beat.get("notice")
-    if not isinstance(told, dict):
-        return ""
-    return "met" if told.get("met") is True else "missed"

@@ -35,8 +35,8 @@ Examples:
   torchrun --nproc_per_node=4 -- launch/train.py --run gs://bucket/runs/a --preset gpt2-124m
       --data c4=gs://bucket/tokens/c4:0.7 --data books=gs://bucket/tokens/books:0.3
 
-Exit codes: 0 complete, 75 start again, 76 fenced by another incarnation, 78 change something first,
-70 a defect."""
+Exit codes: 0 complete (or stopped, as an operator asked), 75 start again, 76 fenced by another
+incarnation, 78 change something first, 70 a defect."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

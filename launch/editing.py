@@ -79,6 +79,7 @@ class Editor:
             proposed = self._world.on_rank_0(lambda: self._next_proposal(left, earliest))
             if proposed is None:
                 return batches
+            self._announce("edit")
             tried, why_not = self._try(Plan.from_json(proposed["plan"]), batches)
             reasons = [reason for reason in self._world.gather(why_not) if reason]
             if tried is not None and not reasons:

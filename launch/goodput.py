@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import tyro
 
 from launch.accounting import GAP, Account, Life, account, lives_of, measured
-from launch.replay import Replay, replay
+from launch.replay import Replay, replay, share
 from storage.commands import run_command
 from storage.display import print_table
 
@@ -85,7 +85,7 @@ def _tell(arguments: Goodput) -> int:
         print(json.dumps(_report(arguments.run, lives, found)))
         return 0
     rows = [
-        (name, f"{amount / 1000:,.1f} s", _share(amount, found.wall), SAID[name])
+        (name, f"{amount / 1000:,.1f} s", share(amount, found.wall), SAID[name])
         for name, amount in found.parts.items()
     ]
     rows.append(
@@ -127,10 +127,6 @@ def _report(url: str, lives: Sequence[Life], found: Account) -> dict[str, Any]:
             for life in lives
         ],
     }
-
-
-def _share(amount: int, wall: int) -> str:
-    return f"{100 * amount / wall:.2f} %" if wall else ""
 
 
 def _seconds(value: float | None) -> str:

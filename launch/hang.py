@@ -14,7 +14,8 @@ FLOOR_SECONDS = {"step": 60.0, "evaluate": 60.0, "sample": 60.0}
 """By kind of work; any other waits for data or for a store, and has `STORE_FLOOR_SECONDS`."""
 STORE_FLOOR_SECONDS = 600.0
 _REMEMBERED = 50
-_OWN_KINDS = ("evaluate", "sample", "wait_for_save", "edit")
+OWN_KINDS = ("evaluate", "sample", "wait_for_save", "edit")
+"""Phases between steps, as far as `:`; any other, in a step, is of its computation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,7 +114,7 @@ class HangWatch:
         if phase == "step":
             return "data"  # it waits for its rows before it computes
         kind = phase.partition(":")[0]
-        return kind if kind in _OWN_KINDS else "step"
+        return kind if kind in OWN_KINDS else "step"
 
     def _limit(self, kind: str) -> float:
         took = self._took.get(kind)

@@ -1,6 +1,8 @@
 """The notice that this process will be stopped: SIGTERM, SIGINT, or SIGUSR1.
 
-The first one sets a flag, which the training loop reads; a second one ends the process at once.
+The first one sets a flag, which the training loop reads; a second one ends the process at once,
+but not a rank of torchrun's, which gets a SIGTERM as soon as another rank has left.
+
 Installed before torch is imported, so that no notice is missed. Python runs a signal's handler only
 between two instructions of the main thread; a thread hears it as well, through the pipe into which
 the interpreter writes each signal, so that none is missed while the main thread waits for another
@@ -24,10 +26,12 @@ _END = b"\0"  # no signal has the number 0
 class Notice:
     """Whether, and when, somebody has asked this process to save and leave.
 
-    `heard` is called once, on another thread than the main one.
+    `heard` is called once, on another thread than the main one. `second_ends` when a second signal
+    ends the process.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, second_ends: bool = True) -> None:
+        self._second_ends = second_ends
         self.asked_at: float | None = None
         """`time.monotonic()` of the first signal."""
         self.heard: Callable[[], None] = lambda: None
@@ -80,7 +84,7 @@ class Notice:
                         self.heard()
 
     def _note(self, count: int) -> None:
-        if count > 1:
+        if count > 1 and self._second_ends:
             os._exit(START_AGAIN)
         if self.asked_at is None:
             self.asked_at = time.monotonic()

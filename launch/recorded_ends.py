@@ -1,6 +1,6 @@
 """How the incarnations of a run ended, as its log and heartbeats tell."""
 
-from checkpointing.beats import read_beat
+from checkpointing.beats import read_beat, read_error
 from checkpointing.history import history
 from launch.crash_loop import Ended
 from storage.log import Log
@@ -24,7 +24,7 @@ def recorded_ends(store: Store) -> tuple[list[Ended], int]:
     for span in spans:
         beat = read_beat(store, span.generation)
         step = int(beat.get("step", 0))
-        error = beat.get("error") or {}
+        error = read_error(store, span.generation, beat)
         ends.append(
             Ended(
                 generation=span.generation,

@@ -240,7 +240,7 @@ def _show(results: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]]) 
             f"{result['available_seconds'] / 3600:.1f} h",
             result["losses"],
             f"{result['goodput']:.4f}",
-            *(_share(result["parts"][name], result["available_seconds"]) for name in parts),
+            *(share(result["parts"][name], result["available_seconds"]) for name in parts),
         )
         for result in results
     ]
@@ -255,7 +255,8 @@ def _show(results: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]]) 
     )
 
 
-def _share(amount: float, whole: float) -> str:
+def share(amount: float, whole: float) -> str:
+    """In percent; "" of nothing."""
     return f"{100 * amount / whole:.2f} %" if whole else ""
 
 

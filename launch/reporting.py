@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from launch.exit_codes import last_words
+from launch.exit_codes import last_words, one_line
 
 VARIABLE = "RANGEFLOW_SUPERVISOR"
 """Names the socket. That name and `.deadline` is a file: until when a noticed rank may go on."""
@@ -31,19 +31,31 @@ class Reporter:
     """The rank's side. Use it with `with`."""
 
     def __init__(
-        self, path: str | None, rank: int, clock: Callable[[], float] = time.monotonic
+        self,
+        path: str | None,
+        rank: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        local_rank: int | None = None,
     ) -> None:
+        """`local_rank` counts on this host alone; by default it is the rank.
+
+        `abandoned` says that there was to be a supervisor, and there is none any more.
+        """
         self._rank = rank
+        self._local_rank = rank if local_rank is None else local_rank
         self._clock = clock
         self._last_row = -_ROW_SECONDS
         self._last_phase: tuple[str, int] | None = None
         self._socket: socket.socket | None = None
+        self.abandoned = False
         if path:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.setblocking(False)
             try:
                 self._socket.connect(path)
-            except OSError:  # the supervisor is gone; this rank will soon follow
+            except OSError:
+                self.abandoned = True
                 self._socket.close()
                 self._socket = None
         self.place("start", 0)
@@ -64,7 +76,8 @@ class Reporter:
         """The phase that is entered, after so many finished steps."""
         if self._last_phase != (phase, step):
             self._last_phase = (phase, step)
-            self._send({"pid": os.getpid(), "phase": phase, "step": step})
+            here = {"pid": os.getpid(), "local_rank": self._local_rank}
+            self._send({**here, "phase": phase, "step": step})
 
     def run(self, url: str, generation: int) -> None:
         """The run that this rank has claimed."""
@@ -76,9 +89,17 @@ class Reporter:
             self._last_row = self._clock()
             self._send({"row": {k: v for k, v in row.items() if isinstance(v, int | float)}})
 
+    def stopped(self) -> None:
+        """This rank ends because an operator has asked for it."""
+        self._send({"stopped": True})
+
     def ended(self, code: int, error: BaseException | None = None) -> int:
         """The last word: the exit code, and the error behind it. Returns the code."""
-        said = {"exit": code, "error": _line(error), "kind": type(error).__name__}
+        said = {
+            "exit": code,
+            "error": one_line(error) if error else "",
+            "kind": type(error).__name__,
+        }
         words = last_words(error)
         if self._socket is not None:  # worth a short wait, where a place is not
             self._socket.settimeout(_LAST_WORD_SECONDS)
@@ -93,7 +114,9 @@ class Reporter:
 
 def reporter() -> Reporter:
     """The reporter of this process, as its environment says."""
-    return Reporter(os.environ.get(VARIABLE), int(os.environ.get("RANK", "0")))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    return Reporter(os.environ.get(VARIABLE), rank, local_rank=local_rank)
 
 
 def deadline_file() -> Path | None:
@@ -129,7 +152,12 @@ class Exit:
 
 
 class Reports:
-    """The supervisor's side: all that the ranks of one start have said. Use it with `with`."""
+    """The supervisor's side: all that the ranks of one start have said. Use it with `with`.
+
+    When a host comes or goes, torchrun itself ends its ranks and starts others, perhaps with other
+    numbers: then what the former ones said counts no more, save how far the run came. `world` is
+    the number of the present ones.
+    """
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -159,12 +187,15 @@ class Reports:
 
     def begin(self) -> None:
         """Forget the start before."""
+        self.world = 1
+        self._pids: dict[int, int] = {}  # by local rank
         self.places: dict[int, Place] = {}
         self.exits: list[Exit] = []  # in order of time
         self.run = ""
         self.generation = 0
         self.highest_step = 0
         self.row: dict[str, float] = {}
+        self.stopped = False
 
     def hear(self, news: Callable[[int, Place], None] = lambda rank, place: None) -> None:
         """Take what has come; `news` is told each place of a rank. What makes no sense is left."""
@@ -180,6 +211,12 @@ class Reports:
         rank = int(said["rank"])
         if "phase" in said:
             place = Place(pid=int(said["pid"]), phase=str(said["phase"]), step=int(said["step"]))
+            local_rank = int(said["local_rank"])
+            if self._pids.setdefault(local_rank, place.pid) != place.pid:
+                self.world += 1
+                self._pids = {local_rank: place.pid}
+                self.places.clear()
+                self.exits.clear()
             self.places[rank] = place
             self.highest_step = max(self.highest_step, place.step)
             news(rank, place)
@@ -187,6 +224,8 @@ class Reports:
             self.run, self.generation = str(said["run"]), int(said["generation"])
         elif "row" in said:
             self.row |= {str(name): float(value) for name, value in said["row"].items()}
+        elif "stopped" in said:
+            self.stopped = True
         elif "exit" in said:
             self.exits.append(
                 Exit(
@@ -198,7 +237,3 @@ class Reports:
                     lost_a_peer=bool(said["lost_a_peer"]),
                 )
             )
-
-
-def _line(error: BaseException | None) -> str:
-    return "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())[:500]

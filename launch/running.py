@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from checkpointing.asks import STOP
 from checkpointing.beats import Beats, read_beat
 from checkpointing.group import Group
 from checkpointing.history import Checkpoint, history
@@ -204,7 +205,7 @@ class Keeper:
         due = interval > 0 and self._clock() - self._last_save >= interval
         local = self._local
         return Flags(
-            stop="stop" in asked or self._saver.broken,
+            stop=STOP in asked or self._saver.broken,
             saving=self._saver.busy,
             saving_locally=local is not None and local.busy,
             save_due=self._incarnation is not None and (due or "save" in asked),
@@ -238,7 +239,16 @@ class Keeper:
 
     def finish_saves(self) -> int | None:
         """Wait for the saves in flight; the newest step that was committed in this start."""
+        self._phase("wait_for_save")
         return self._saver.finish()
+
+    def stopped(self) -> bool:
+        """Whether this start ends because an operator asked for it, which is answered now.
+
+        For rank 0, once the loop has left; not before, or a start that is killed until then would
+        be started again and go on.
+        """
+        return self._answer(lambda request: request.kind == STOP)
 
     @property
     def saved_step(self) -> int | None:
@@ -296,6 +306,15 @@ class Keeper:
             minimum_seconds=max(MINIMUM_SECONDS, self._saver.seconds_until_durable),
         )
 
+    def _answer(self, which: Callable[[Request], bool]) -> bool:
+        """Answer these of the requests that a save was begun for; whether there was one."""
+        with self._lock:
+            answered = [request for request in self._answering if which(request)]
+            self._answering = [r for r in self._answering if r not in answered]
+        for request in answered:
+            self._inbox.answered(request)
+        return bool(answered)
+
     def _committed(self, checkpoint: Checkpoint) -> None:
         """Tell, and retire what is old; on the saving thread of rank 0."""
         put_off = f"; {self._put_off} saves put off so far" if self._put_off else ""
@@ -306,10 +325,7 @@ class Keeper:
         assert incarnation is not None, "rank 0 commits"
         self._past = history(incarnation.records)
         self._mean_seconds = mean_time_between_preemptions(self._past, time.time())
-        with self._lock:
-            answered, self._answering = self._answering, []
-        for request in answered:
-            self._inbox.answered(request)
+        self._answer(lambda request: request.kind != STOP)
         retire(self._store, incarnation, self._config.retention, announce=self._phase.aside)
         incarnation.shorten(lambda: self._store.list("checkpoints/"))
 

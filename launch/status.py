@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from checkpointing.beats import read_error
 from checkpointing.history import History, history
 from checkpointing.liveness import Liveness, judge
 from checkpointing.naming import read_run
@@ -87,7 +88,7 @@ def status(
         "goodput": found.goodput,
         "goodput_alive": found.goodput_alive,
         "incarnations": found.incarnations,
-        "error": _error(beat.get("error")),
+        "error": _error(read_error(store, alive.generation, beat)),
         "damaged_records": list(log.damaged),
         "requests": _requests(store),
     }
@@ -158,9 +159,9 @@ def _rows(report: Mapping[str, Any]) -> list[tuple[str, str | None]]:
     ]
 
 
-def _error(told: object) -> str | None:
+def _error(told: Mapping[str, Any]) -> str | None:
     """The error with which the newest incarnation ended, if that was its own."""
-    if not isinstance(told, dict):
+    if not told:
         return None
     return f"{told.get('line')} (exit code {told.get('code')})"
 

@@ -29,7 +29,7 @@ _STEPS = ("step", "replay", "compile")
 _LOOK_BACK = 10
 """Earlier starts whose heartbeats are looked for; one that lived for a second left one."""
 
-_PART_OF = {
+PART_OF = {
     **dict.fromkeys(("open", "claim", "prepare"), "start"),
     "restore": "restore",
     "step": "step",
@@ -72,7 +72,7 @@ class TimeLedger:
 
     def __call__(self, phase: str, step: int) -> None:
         """The main thread enters a phase; `step` counts finished steps."""
-        part = _PART_OF.get(phase.partition(":")[0])
+        part = PART_OF.get(phase.partition(":")[0])
         if part is None:
             return
         with self._lock:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # torchrun runs this file, with `launch/` in front of the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.exit_codes import COMPLETE, START_AGAIN, exit_code, last_words
+from launch.exit_codes import COMPLETE, START_AGAIN, end_process, exit_code, last_words
 from launch.minded import die_with_parent, show_stacks_when_asked
 from launch.notice import Notice
 from launch.phase import Phase
@@ -35,10 +35,15 @@ def main(arguments: Sequence[str] | None = None, listener: Listener | None = Non
 
     `listener` hears each phase that is entered, with the number of finished steps.
     """
-    if started_by_torchrun():
+    minded = started_by_torchrun()
+    if minded:
         die_with_parent()
         show_stacks_when_asked()
-    with Notice() as notice, reporter() as report:  # before torch is imported: that takes seconds
+    # Before torch is imported: that takes seconds.
+    with Notice(second_ends=not minded) as notice, reporter() as report:
+        if report.abandoned:  # it ended before this process could ask to die with its parent
+            sys.stderr.write("error: the supervisor of this rank is gone; so it leaves as well\n")
+            return START_AGAIN
         try:
             from launch.config import command_line, parse_config
 
@@ -61,7 +66,7 @@ def train(
     config: "RunConfig", notice: Notice, phase: Phase, report: Reporter, ledger: TimeLedger
 ) -> int:
     """One incarnation: from the claim to the exit code."""
-    from checkpointing.beats import Beats
+    from checkpointing.beats import Beats, told_error
     from checkpointing.history import history
     from checkpointing.restore import restore
     from checkpointing.retention import sweep
@@ -91,7 +96,8 @@ def train(
         grace = Grace(notice, phase, seconds=config.grace_seconds, deadline_file=deadline_file())
         stack.enter_context(grace)
         with grace.at_once():  # the others may never come
-            world = stack.enter_context(joined_world())
+            phase("rendezvous")
+            world = stack.enter_context(joined_world(report.ended))
         set_up_logging(world.rank, phase)
         config = settled(config, world)
         store = open_store(config.run)
@@ -100,6 +106,7 @@ def train(
         if run.complete:
             return COMPLETE
         owner = run.incarnation  # None on every rank but 0
+        report.run(config.run, run.generation)
         beats = Beats(store, owner, phase.place) if owner else None
         if owner is not None and beats is not None:
             ledger.reached = reached_before(store, history(owner.records), owner.generation)
@@ -108,7 +115,8 @@ def train(
             stack.enter_context(beats)
             grace.leave = beats.leave
             stack.callback(grace.settle)
-            report.run(config.run, run.generation)
+        else:
+            stack.enter_context(told_error(store, run.generation, world.rank, last_words))
 
         # A snapshot may be newer than any checkpoint.
         tier = open_tier(config, world, store, owner, run.generation)
@@ -172,12 +180,17 @@ def train(
         if any(world.gather(grace.requested())):
             raise StopRequestedError(f"asked to stop before step {step + 1} was begun")
         if not loop.run(step, position, row):
-            return START_AGAIN
+            if not world.on_rank_0(keeper.stopped):
+                return START_AGAIN
+            logger.info("stopped at step %d, as an operator asked", phase.step)
+            report.stopped()
+            return COMPLETE
         if owner is not None:
+            keeper.stopped()  # who asked for it as well has what was asked for
             finish(owner)
         keeper.forget_tier()
         return COMPLETE
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -10,10 +10,13 @@ from unittest.mock import patch
 
 from torch import Tensor, nn
 
+from checkpointing.history import history
 from data_service.batches import Batches
 from data_service.loader import StepRows
 from launch.editing import LiveData
+from launch.reporting import Reporter
 from launch.running import Keeper
+from storage.log import Log
 from trainer.schedule import learning_rate
 from trainer.step import Flags
 
@@ -67,15 +70,31 @@ def _late_rows(data: LiveData, batches: Batches, step: int) -> Any:
     return SimpleNamespace(next=late, close=loader.close, waited_seconds=0.0)
 
 
+def _failing(data: LiveData, step: int) -> StepRows:
+    """On all ranks but the first, the data of the third step are an error of the program."""
+    if data._mine.start and step == 2:
+        raise ZeroDivisionError("in the data of step 3")
+    return _next(data, step)
+
+
+def _claim_at_once(store: object, log: Log, **clocks: object) -> int:
+    """Whoever owns the run is taken for gone."""
+    return history(log.refresh()).generation
+
+
 def _hang(*arguments: object) -> None:
     """A store that answers no more."""
     Event().wait()
 
 
 _flags, _save_locally, _loaded = Keeper.flags, Keeper.save_locally, LiveData._loaded
+_next = LiveData.next
 
 CONTROLS: dict[str, tuple[str, Callable[..., object]]] = {
     "fence": ("checkpointing.incarnation.refuse_if_fenced", lambda records, claim: None),
+    "pdeathsig": ("launch.train.die_with_parent", lambda: None),
+    "abandoned": ("launch.train.reporter", lambda: Reporter(None, 0)),
+    "owner": ("checkpointing.incarnation._wait_until_free", _claim_at_once),
     "rng_key": ("trainer.step.keyed_randomness", _keyless),
     "cursor": ("trainer.state.resume_position", lambda batches, exact: 0),
     "scaler": ("trainer.state.restore_scaler", lambda scaler, state: None),
@@ -85,6 +104,7 @@ CONTROLS: dict[str, tuple[str, Callable[..., object]]] = {
     "prompt": ("launch.running.Keeper.flags", _prompt_flags),  # not broken: for tests of requests
     "whole_snapshots": ("launch.running.Keeper.save_locally", _whole_snapshots),  # nor this one
     "hung_save": ("checkpointing.save.write", _hang),  # not broken: for tests of deadlines
+    "failing_rank": ("launch.editing.LiveData.next", _failing),  # nor this: a defect of a rank's
     "causal": ("torch.nn.functional.scaled_dot_product_attention", _seeing_ahead),
     "learning_rate": ("trainer.step.learning_rate", _forgotten_rate),
 }

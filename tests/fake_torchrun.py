@@ -62,10 +62,16 @@ def rank(words: list[str]) -> int:
         return report.ended(0)
 
 
+def tell(line: str) -> None:
+    """In one piece, also where nothing is buffered: ranks write to one file."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 def act(action: str, notice: Notice, report: Reporter) -> int | None:
     name, _, value = action.partition("=")
     if name == "say":
-        print(f"rank {os.environ['RANK']} {value} {os.getpid()}", flush=True)
+        tell(f"rank {os.environ['RANK']} {value} {os.getpid()}")
     elif name == "step":
         report.place("micro_batch", int(value))
     elif name == "run":
@@ -75,7 +81,7 @@ def act(action: str, notice: Notice, report: Reporter) -> int | None:
         while not notice.requested():
             signal.pause()
     elif name == "deadline":
-        print("until", Path(f"{os.environ[VARIABLE]}.deadline").read_text(), flush=True)
+        tell(f"until {Path(f'{os.environ[VARIABLE]}.deadline').read_text()}")
     elif name == "hang":
         while True:
             signal.pause()
@@ -84,7 +90,7 @@ def act(action: str, notice: Notice, report: Reporter) -> int | None:
     elif name == "agent":  # is stopped; this rank leaves
         os.kill(os.getppid(), signal.SIGSTOP)
     elif name == "variable":
-        print(f"{value}={os.environ.get(value)}", flush=True)
+        tell(f"{value}={os.environ.get(value)}")
     elif name == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     elif name == "orphan":  # ignores every polite signal, in a session of its own

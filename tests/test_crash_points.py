@@ -21,7 +21,7 @@ from checkpointing.pruning import prune
 from checkpointing.restore import restore
 from checkpointing.retention import RetentionConfig, attempts, retire, sweep
 from checkpointing.save import Saver, TrainingState, save
-from checkpointing.tier import adopt, claim_tier, for_tier
+from checkpointing.tier import adopt, claim_tier, for_tier, tier_context
 from checkpointing.write import Job
 from storage.canonical import canonical_json, sha256_hex
 from storage.errors import FencedError, RangeFlowError
@@ -119,8 +119,8 @@ def with_a_tier(folder: Path) -> None:
     three(folder)
     store, tier = LocalStore(folder / "run"), LocalStore(folder / "tier")
     owner = reopened(store)
-    mine = claim_tier(tier, owner)
-    save(tier, mine, Solo(), for_tier(state(MINE), history(owner.records)), step=MINE)
+    mine = claim_tier(tier, owner.generation)
+    save(tier, mine, Solo(), for_tier(state(MINE), tier_context(history(owner.records))), step=MINE)
     claimed(store)
 
 

@@ -62,7 +62,7 @@ def test_a_notice_saves_the_step_and_exits_75(
 ) -> None:
     run, unbroken = tmp_path / "run", tmp_path / "unbroken"
     stops = [("micro_batch", 6)]
-    with Program("--run", run, *data, *SHAPE, stops=stops, fresh=True) as program:
+    with Program("--run", run, *data, *SHAPE, stops=stops) as program:
         place = program.stopped()
         place.send(notice, signal.SIGCONT)
         assert program.end() == 75, program.output()
@@ -73,12 +73,13 @@ def test_a_notice_saves_the_step_and_exits_75(
     assert curve(run) == curve(unbroken)
 
 
+@pytest.mark.parametrize("fresh", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_a_notice_to_one_of_two_processes_stops_both_at_the_same_step(
-    tmp_path: Path, data: tuple[str, ...]
+    fresh: bool, tmp_path: Path, data: tuple[str, ...]
 ) -> None:
-    """Of torchrun, whose exit code depends on those of its processes."""
+    """Fresh, of torchrun, whose exit code depends on those of its processes."""
     run, stops = tmp_path / "run", [("micro_batch", 3)]
-    with Program("--run", run, *data, *SHAPE, stops=stops, world=2, fresh=True) as program:
+    with Program("--run", run, *data, *SHAPE, stops=stops, world=2, fresh=fresh) as program:
         place = program.stopped()
         place.send(signal.SIGTERM, signal.SIGCONT)
         assert program.end() != 0, "a preempted run must not look finished"
@@ -93,6 +94,21 @@ def test_a_second_notice_ends_the_program_at_once(tmp_path: Path, data: tuple[st
         program.stopped().send(signal.SIGTERM, signal.SIGCONT)
         assert program.end() == 75
     assert checkpoints(run) == []
+
+
+def test_a_rank_of_torchruns_leaves_in_order_though_a_second_notice_comes(
+    tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    """As torchrun gives it to rank 0 when rank 1 has left first."""
+    run = tmp_path / "run"
+    stops = [("micro_batch", 3), ("save:begin", 1)]
+    with Program("--run", run, *data, *SHAPE, stops=stops, world=2) as program:
+        place = program.stopped()
+        place.send(signal.SIGTERM, signal.SIGCONT)
+        program.stopped().send(signal.SIGTERM, signal.SIGCONT)
+        assert program.end() != 0, "a preempted run must not look finished"
+    assert [c.step for c in checkpoints(run)] == [place.step + 1]
+    assert last_notice(run)["met"] is True
 
 
 def test_handlers_are_put_back() -> None:
@@ -153,15 +169,15 @@ def test_a_notice_while_data_is_waited_for_is_heard_at_once(
     tmp_path: Path, data: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The data never come; the last finished step is saved."""
-    run, read = tmp_path / "run", Batches.rows
+    run, read = tmp_path / "run", Batches.rows_of_steps
     asked_for, release = threading.Event(), threading.Event()
 
-    def late(batches: Batches, step: int, lo: int, hi: int) -> Rows:
-        if step == 3 and not release.is_set():
+    def late(batches: Batches, first: int, end: int, lo: int, hi: int) -> Rows:
+        if first == 3 and not release.is_set():
             asked_for.wait(TIMEOUT_SECONDS)
             signal.raise_signal(signal.SIGTERM)
             release.wait(TIMEOUT_SECONDS)
-        return read(batches, step, lo, hi)
+        return read(batches, first, end, lo, hi)
 
     def listener(phase: str, step: int) -> None:
         if (phase, step) == ("step", 3):
@@ -169,7 +185,8 @@ def test_a_notice_while_data_is_waited_for_is_heard_at_once(
         if phase == "save:begin":
             release.set()
 
-    monkeypatch.setattr(Batches, "rows", late)
+    monkeypatch.setattr(Batches, "rows_of_steps", late)
+    monkeypatch.setattr(Batches, "steps_together", lambda batches, step, sequences: step + 1)
     assert train_here("--run", run, *data, *SHAPE, listener=listener) == 75
     assert release.is_set()
     assert [c.step for c in checkpoints(run)] == [3]

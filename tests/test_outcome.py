@@ -52,6 +52,15 @@ def test_a_complete_run_is_complete_also_after_a_notice(two: Ranks) -> None:
     assert two.outcome(-9).code == 0, "torchrun was killed after its ranks had ended"
 
 
+def test_a_stop_that_an_operator_asked_for_is_told_from_a_complete_run(two: Ranks) -> None:
+    assert two.outcome(0).cause == "complete"
+    for rank in (0, 1):
+        two.ranks[rank].stopped()
+        two.end(rank, 0)
+    came = two.outcome(0)
+    assert (came.code, came.cause) == (0, "stopped, as an operator asked")
+
+
 def test_a_rank_that_died_without_a_word_completes_nothing(two: Ranks) -> None:
     two.end(0, 0)
     assert two.outcome(1).code == 70

@@ -1,4 +1,53 @@
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+from launch.hang import OWN_KINDS
 from launch.phase import Phase
+from launch.time_ledger import PART_OF
+
+ROOT = Path(__file__).resolve().parents[1]
+
+ASIDE = {"save", "retire"}
+"""Entered by the saving thread."""
+EXPORT = {"export"}
+"""Of another program."""
+START = {"open", "claim", "prepare", "restore"}
+"""Before the first step: the limit of a start holds."""
+STEP = {"step", "micro_batch", "reduce", "update"}
+
+
+def announced(source: str) -> Iterator[str]:
+    """The phases that a module enters, as far as `:`."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not node.args:
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        said = node.args[0].values[0] if isinstance(node.args[0], ast.JoinedStr) else node.args[0]
+        if name.lstrip("_") in ("announce", "phase", "aside") and isinstance(said, ast.Constant):
+            yield str(said.value).partition(":")[0]
+
+
+def phases_of_training() -> set[str]:
+    packages = ("data_service", "checkpointing", "trainer", "launch")
+    modules = [path for package in packages for path in (ROOT / package).glob("*.py")]
+    found = {phase for path in modules for phase in announced(path.read_text())}
+    assert found >= ASIDE | EXPORT, "the table names what nobody enters"
+    return found - ASIDE - EXPORT
+
+
+def test_every_phase_of_training_has_a_part_of_the_time_or_lies_within_a_step() -> None:
+    assert phases_of_training() - STEP == set(PART_OF) - {"step"}
+
+
+def test_every_phase_between_steps_has_a_limit_of_its_own() -> None:
+    assert phases_of_training() - START - STEP == set(OWN_KINDS)
+
+
+def test_a_phase_is_found_however_it_is_entered() -> None:
+    """Negative control: one in no table would be seen."""
+    entered = "announce('a'); self._phase('b:c'); around.announce(f'd:{e}'); phase.aside('f')"
+    assert list(announced(entered)) == ["a", "b", "d", "f"]
 
 
 def test_the_listener_hears_every_phase_with_the_finished_steps() -> None:

@@ -4,15 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from checkpointing.beats import Beats
+from checkpointing.beats import Beats, told_error
 from checkpointing.incarnation import claim_run
 from launch.crash_loop import crash_loop
 from launch.exit_codes import last_words
 from launch.recorded_ends import recorded_ends
+from launch.status import status
 from storage.canonical import canonical_json
+from storage.errors import StopRequestedError
 from storage.log import Log
 from storage.store import Store, open_store
 from tests.made_runs import RUN, go_on, make_run
+from tests.programs import Program
 
 
 @pytest.fixture
@@ -54,6 +57,44 @@ def test_a_peer_that_was_lost_is_a_death_and_no_error(store: Store) -> None:
     beats_of(store, "reduce", 3, lost)
     ((end,), _) = recorded_ends(store)
     assert (end.error, end.in_order) == ("", False)
+
+
+@pytest.mark.parametrize("beaten", [False, True])
+def test_the_error_of_another_rank_is_the_error_of_its_start(store: Store, beaten: bool) -> None:
+    """Rank 0 knows only that it lost a peer, or was killed before it could say so."""
+    store.put("run.json", canonical_json(RUN))
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    for generation in (1, 2, 3):
+        beats_of(store, "reduce", generation, lost if beaten else None)
+        with pytest.raises(ZeroDivisionError), told_error(store, generation, 1, last_words):
+            raise ZeroDivisionError("on rank 1")
+    ends, _ = recorded_ends(store)
+    assert [end.error for end in ends] == ["ZeroDivisionError: on rank 1"] * 3
+    assert not any(end.in_order for end in ends)
+
+
+def test_what_another_rank_has_lost_or_was_told_is_no_error_of_its_start(store: Store) -> None:
+    store.put("run.json", canonical_json(RUN))
+    beats_of(store, "reduce", 1, RuntimeError("Connection reset by peer"))
+    for error in (RuntimeError("Connection reset by peer"), StopRequestedError("a notice")):
+        with pytest.raises(type(error)), told_error(store, 1, 1, last_words):
+            raise error
+    assert [end.error for end in recorded_ends(store)[0]] == [""]
+
+
+def test_a_rank_with_an_error_of_its_own_is_named_by_the_run(
+    tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    run, shape = tmp_path / "run", ("--max_steps=8", "--n_embd=32", "--context=32")
+    arguments = ("--run", run, *data, *shape, "--global_batch_size=8", "--eval_interval_steps=0")
+    with Program(*arguments, world=2, control="failing_rank") as program:
+        assert program.end() != 0
+    store = open_store(str(run))
+    assert [end.error for end in recorded_ends(store)[0]] == [
+        "ZeroDivisionError: in the data of step 3"
+    ]
+    told = status(store, sleep=lambda seconds: None)["error"]
+    assert told == "ZeroDivisionError: in the data of step 3 (exit code 70)"
 
 
 def test_a_commit_is_progress_whatever_the_beats_say(store: Store) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -18,7 +19,14 @@ from launch.running import Keeper
 from launch.world import World
 from storage.log import Log
 from storage.store import LocalStore, open_store
-from tests.programs import TIMEOUT_SECONDS, checkpoints, final_digest, train_here
+from tests.programs import (
+    TIMEOUT_SECONDS,
+    Program,
+    checkpoints,
+    final_digest,
+    train,
+    train_here,
+)
 
 SHAPE = (
     "--max_steps=8",
@@ -78,7 +86,7 @@ def test_a_run_asked_to_stop_saves_and_leaves_and_goes_on_later(
 ) -> None:
     unbroken, stopped = tmp_path / "unbroken", tmp_path / "stopped"
     assert train_here("--run", unbroken, *data, *SHAPE) == 0
-    assert train_asked(stopped, data, "stop", at_step=3) == 75
+    assert train_asked(stopped, data, "stop", at_step=3) == 0, "nobody is to start it again"
     assert [c.step for c in checkpoints(stopped)] == [4]
     assert seen(str(stopped)) == []
     assert train_here("--run", stopped, *data, *SHAPE) == 0
@@ -93,14 +101,40 @@ def test_what_is_asked_after_the_last_look_waits_for_the_next_save(tmp_path: Pat
     config = parse_config([f"--run={tmp_path}"])
     alone = World(0, 1, torch.device("cpu"), "none")
     with Keeper(config, alone, store, owner, None, lambda step: empty, Phase(), None) as kept:
-        assert not kept.flags().stop
-        ask(store, "stop")
+        assert not kept.flags().save_due
+        ask(store, "save")
         kept.beat()
         assert kept.save(1, validation_loss=None, healthy=True, wait=True)
         kept.beat()
-        assert seen(str(tmp_path)) and kept.flags().stop
+        assert seen(str(tmp_path)) and kept.flags().save_due
         assert kept.save(2, validation_loss=None, healthy=True, wait=True)
         assert not seen(str(tmp_path))
+
+
+def test_a_start_that_is_killed_while_it_stops_has_answered_nothing(
+    tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    """So the next start, which nobody but a supervisor has wanted, stops as well."""
+    run = tmp_path / "run"
+    stops = [("retire:chosen", 1)]  # after the commit
+    arguments = ("--run", run, *data, *SHAPE, "--keep_last=2")
+    assert train_here(*arguments, "--max_steps=2", "--save_interval_steps=1") == 0
+    ask(open_store(str(run)), "stop")
+    with Program(*arguments, stops=stops, control="prompt") as program:
+        program.stopped().send(signal.SIGKILL)
+        program.end()
+    assert seen(str(run)) != []
+    train(*arguments, world=2, control="prompt")
+    assert seen(str(run)) == []
+    assert [c.step for c in checkpoints(run)] == [3, 4]
+
+
+def test_a_stop_that_comes_with_the_last_step_is_answered_by_the_end(
+    tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    run = tmp_path / "run"
+    assert train_asked(run, data, "stop", at_step=7) == 0
+    assert final_digest(run) and seen(str(run)) == []
 
 
 def test_the_command_asks_and_says_who_will_answer(

@@ -57,6 +57,15 @@ def test_signals_are_handled_before_torch_is_imported() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_a_rank_whose_supervisor_is_gone_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANGEFLOW_SUPERVISOR", str(tmp_path / "gone"))
+    assert train_here("--run", tmp_path / "run") == 75
+    assert "the supervisor of this rank is gone" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_phases_come_in_order(tmp_path: Path, data: tuple[str, ...]) -> None:
     """These names are the contract of heartbeats, and of the tests that kill at them."""
     heard: list[tuple[str, int]] = []
@@ -66,7 +75,8 @@ def test_phases_come_in_order(tmp_path: Path, data: tuple[str, ...]) -> None:
     assert code == 0
     once = list(dict.fromkeys(heard))
     save = ["begin", "object", "uploaded", "manifest", "committed"]
-    steps = [(name, 0) for name in ("open", "claim", "restore", "step", "micro_batch")]
+    before = ("rendezvous", "open", "claim", "restore")
+    steps = [(name, 0) for name in (*before, "step", "micro_batch")]
     assert once[: len(steps)] == steps
     assert [name for name, step in once if step == 1 and name.startswith("save")] == [
         f"save:{part}" for part in save
