@@ -296,6 +296,15 @@ def test_the_mean_between_losses_is_that_of_the_run_s_log(
     assert lives.mean_seconds(round(alive * SECOND)) == pytest.approx(expected, rel=1e-6)
 
 
+def test_a_run_that_lived_for_long_saves_more_rarely() -> None:
+    """A mean of three hours and four lives of two: 66 s between saves with a cost of 0.25 s."""
+    policy = Policy(name="auto", costs=costs(1, 0.25, 1, 0))
+    short = simulate(runs(*[7200, 60] * 5), policy, nodes=1)
+    mean = [(3 + 2 * n + 1) * 3600 / (1 + n) for n in range(5)]  # in the middle of each life
+    expected = sum(7200 / math.sqrt(2 * 0.25 * seconds) for seconds in mean)
+    assert short.saves == pytest.approx(expected, rel=0.05)
+
+
 def test_the_interval_that_chooses_itself_beats_ten_minutes_where_losses_are_frequent() -> None:
     stretches = runs(*[1800, 300] * 50, 1800)
     auto = Policy(name="auto", costs=costs(stall=0.3, durable=1.5))
