@@ -199,6 +199,7 @@ class _Run:
         """What became of it all. The work at hand is not lost when a trace ends."""
         self._count_waiting(self._now if self._world else self._mark)
         self._parts["useful"] += self._saving + self._unsaved
+        assert sum(self._parts.values()) == self._available, "each node-microsecond is in one part"
         return Outcome(
             available=self._available // self._nodes,
             parts=_scaled(self._parts, self._available, self._nodes),
@@ -276,6 +277,8 @@ class _Run:
         self._losses += 1
         if left:
             self._begin_restart(self._now, left)
+            self._parts["leaving"] += (self._wanted - left) * (end - self._now)
+            self._wanted = left  # those that leave are no newcomers
             return True
         self._pass("leaving", end)
         self._count_waiting(end)

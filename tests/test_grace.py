@@ -306,7 +306,7 @@ def test_at_the_deadline_the_process_ends_though_the_last_beat_hangs(
 
     def hang() -> None:
         asked.set()
-        release.wait(60)
+        release.wait(600)
 
     grace = make(end=ended)
     grace.leave = hang
@@ -315,11 +315,30 @@ def test_at_the_deadline_the_process_ends_though_the_last_beat_hangs(
         clock.now += 5.0
         notice.asked_at = clock.now - 12.0
         notice.heard()
-        assert ended.happened.wait(60)
-    release.set()
-    assert ended.codes == [75]
+        in_time = ended.happened.wait(60)
+        release.set()
+    assert in_time and ended.codes == [75]
     assert asked.is_set()
     assert grace.beat()["notice"]["met"] is False
+
+
+def test_a_deadline_that_comes_nearer_ends_a_process_that_hangs(
+    make: Callable[..., Grace], notice: Asked, clock: Clock, tmp_path: Path
+) -> None:
+    ended, read, wall = Ended(), threading.Event(), clock.wall
+
+    def wall_clock() -> float:
+        read.set()  # the first deadline has been
+        return wall()
+
+    place = tmp_path / "socket.deadline"
+    place.write_text(str(wall() + 115))
+    clock.wall = wall_clock  # type: ignore[method-assign]
+    with make(end=ended, deadline_file=place), patch("launch.grace.LOOK_SECONDS", 0.01):
+        notice.give()
+        assert read.wait(60)
+        place.write_text(str(wall() + 0.5))
+        assert ended.happened.wait(60)
 
 
 def test_the_last_beat_is_written_before_the_process_ends(

@@ -115,6 +115,7 @@ def test_a_lost_peer_alone_is_no_error_and_no_orderly_end(two: Ranks) -> None:
     two.end(0, LOST)
     came = two.outcome(1)
     assert (came.code, came.ended.error, came.ended.in_order) == (75, "", False)
+    assert came.cause == "rank 0 lost another process of the world", "not gloo's words about it"
     assert (came.ended.phase, came.ended.step) == ("reduce", 7)
 
 

@@ -162,9 +162,16 @@ def test_an_elastic_world_told_of_a_loss_goes_on_with_the_rest_at_once() -> None
         "restart": 10 + 5,
         "useful": 28 + 26 / 2,
         "save": 5,
-        "waiting": 7 / 2,
+        "leaving": 7 / 2,
         "lost": 1 / 2,
     }
+
+
+def test_machines_that_are_about_to_go_are_not_taken_in_again() -> None:
+    outcome = simulate(counted((300, 2), (60, 1)), every(20), nodes=2, notice_seconds=200)
+    assert outcome.restarts == 2
+    assert outcome.parts["waiting"] == 0
+    assert outcome.parts["leaving"] > 90 * SECOND
 
 
 def test_segments_are_told_by_mode() -> None:
@@ -287,6 +294,15 @@ def test_the_mean_between_losses_is_that_of_the_run_s_log(
     past = History(generation=len(spans), lifespans=tuple(spans[-100:]))
     expected = mean_time_between_preemptions(past, now=alive)
     assert lives.mean_seconds(round(alive * SECOND)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_run_that_lived_for_long_saves_more_rarely() -> None:
+    """A mean of three hours and four lives of two: 66 s between saves with a cost of 0.25 s."""
+    policy = Policy(name="auto", costs=costs(1, 0.25, 1, 0))
+    short = simulate(runs(*[7200, 60] * 5), policy, nodes=1)
+    mean = [(3 + 2 * n + 1) * 3600 / (1 + n) for n in range(5)]  # in the middle of each life
+    expected = sum(7200 / math.sqrt(2 * 0.25 * seconds) for seconds in mean)
+    assert short.saves == pytest.approx(expected, rel=0.05)
 
 
 def test_the_interval_that_chooses_itself_beats_ten_minutes_where_losses_are_frequent() -> None:
