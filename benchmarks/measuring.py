@@ -121,6 +121,23 @@ def report(
         to.write_text(json.dumps(found, indent=1) + "\n")
 
 
+def markdown(rows: Sequence[Row]) -> str:
+    """The figures as a table of a document: a line a figure, a column a contestant."""
+    contestants = list(dict.fromkeys(row.contestant for row in rows))
+    cells = {(row.figure, row.contestant): _cell(row) for row in rows}
+    lines = [f"| | {' | '.join(contestants)} |", "|---" * (1 + len(contestants)) + "|"]
+    for figure in dict.fromkeys(row.figure for row in rows):
+        told = [cells.get((figure, contestant), "") for contestant in contestants]
+        lines.append(f"| {figure} | {' | '.join(told)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(row: Row) -> str:
+    digits = 0 if all(value == int(value) for value in row.values) else 2
+    spread = f"{min(row.values):.{digits}f}..{max(row.values):.{digits}f}"
+    return f"{row.median:.{digits}f} {row.unit} ({spread}) {row.note}".rstrip()
+
+
 def _print(
     title: str, entries: Sequence[dict[str, Any]], claims: Sequence[Claim], about: dict[str, Any]
 ) -> None:

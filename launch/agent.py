@@ -6,7 +6,7 @@ Usage: python -m launch.agent SUPERVISOR_PID TORCHRUN_ARGUMENTS...
 import sys
 from collections.abc import Sequence
 
-from launch.exit_codes import COMPLETE, INTERNAL, PERMANENT, START_AGAIN
+from launch.exit_codes import COMPLETE, INTERNAL, PERMANENT, START_AGAIN, end_process
 from launch.minded import die_with_parent
 
 RANKS_FAILED = 1
@@ -44,4 +44,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

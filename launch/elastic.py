@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.rendezvous import Membership, Place, Reach, Watch
-from storage.errors import ConfigurationError
+from storage.errors import ConfigurationError, StoreUnavailableError
 from storage.store import open_store
 
 VARIABLE = "RANGEFLOW_RENDEZVOUS"
@@ -94,10 +94,22 @@ class Elastic:
     def outdated(self, joined: Joined) -> str:
         """Why torchrun, none of whose ranks lives, waits in vain; "" when it may go on.
 
-        Takes two seconds at most, and what the store takes; call it every few seconds.
+        Takes two seconds at most, and what the store takes; call it every few seconds. A store
+        that fails says nothing.
         """
         assert self._membership is not None, "who has joined is a member"
-        return self._membership.outdated(joined.place)
+        try:
+            return self._membership.outdated(joined.place)
+        except StoreUnavailableError:
+            return ""
+
+    def still_ours(self) -> bool:
+        """Whether the run's newest incarnation is of this job, as far as the store tells."""
+        try:
+            owner = Watch(self._store)()
+        except StoreUnavailableError:
+            return True
+        return owner is None or owner.job == self._job
 
 
 def for_several_hosts(arguments: Sequence[str]) -> bool:

@@ -2,8 +2,9 @@
 
 A host without power or network answers nothing. What was sent to it is sent again for a quarter of
 an hour (tcp(7), tcp_retries2), and so long a collective hangs. So each host holds one connection to
-rank 0's on which nothing is sent: there the kernels ask each other for a sign of life, of which the
-processes know nothing, however busy or stopped they are.
+rank 0's: there the kernels ask each other for a sign of life, of which the processes know nothing,
+however busy or stopped they are. All that is ever sent there is rank 0's word to the other hosts
+that one has vanished.
 
 Covers: hosts that lose power or network, rank 0's among them; the others end with it.
 Does not cover: processes that hang while their host lives; two hosts that reach rank 0's and not
@@ -44,20 +45,21 @@ class Ranks(Protocol):
     def gather(self, value: Any) -> list[Any]: ...
 
 
-def leave(host: str) -> None:
+class HostLostError(Exception):
+    """Another host of the world has vanished."""
+
+
+def leave(host: str, last_word: Callable[[int, Exception], object]) -> None:
     """End this process: no thread of it can be trusted to return from a collective."""
-    sys.stderr.write(
-        f"error: {host} has not answered for {VANISHED_SECONDS} s; leaving, to start again "
-        "without it\n"
-    )
+    said = f"{host} has not answered for {VANISHED_SECONDS} s"
+    sys.stderr.write(f"error: {said}; leaving, to start again without it\n")
     sys.stderr.flush()
+    last_word(START_AGAIN, HostLostError(said))
     os._exit(START_AGAIN)
 
 
 @contextmanager
-def watched_hosts(
-    world: Ranks, address: str, lost: Callable[[str], None] = leave
-) -> Iterator[None]:
+def watched_hosts(world: Ranks, address: str, lost: Callable[[str], None]) -> Iterator[None]:
     """Call `lost`, on a thread of its own, with the address of a host that has vanished.
 
     `address` is that of rank 0's host. Every process of the world enters; only the first of each
@@ -162,10 +164,20 @@ def _watch(
                 link = key.fileobj
                 assert isinstance(link, socket.socket), "as registered"
                 try:
-                    if link.recv(64):
-                        continue
+                    missed = link.recv(64).decode()
                 except ConnectionResetError:
-                    pass
+                    missed = ""
                 except OSError:  # timed out, or there is no route to it
-                    lost(links[link])
-                ready.unregister(link)  # that process has ended, which collectives notice at once
+                    missed = links[link]
+                    _tell(links, missed)
+                ready.unregister(link)
+                if missed:  # else that process has ended, which collectives notice at once
+                    lost(missed)
+
+
+def _tell(links: Mapping[socket.socket, str], missed: str) -> None:
+    """Tell the others of a host that has vanished: they may be waiting for nobody but it."""
+    for link, address in links.items():
+        if address != missed:
+            with suppress(OSError):
+                link.send(missed.encode(), socket.MSG_DONTWAIT)

@@ -21,11 +21,14 @@ class Outcome:
     busy: bool = False
 
 
-def outcome(reports: Reports, status: int, *, noticed: bool, hang: str = "") -> Outcome:
+def outcome(
+    reports: Reports, status: int, *, noticed: bool, hang: str = "", several_hosts: bool = False
+) -> Outcome:
     """`status` is torchrun's exit code, or minus the signal that ended it.
 
     When ranks differ: 78, 76, 75, then the first error that was a rank's own. A peer's loss is
-    nobody's own error, so that the one that caused it is named.
+    nobody's own error, so that the one that caused it is named. That other hosts were lost, or not
+    met, is in order: those that have a defect know it themselves.
     """
     own = next((e for e in reports.exits if e.own), None)
     said = own or next((e for e in reports.exits if e.code), None)
@@ -54,7 +57,7 @@ def outcome(reports: Reports, status: int, *, noticed: bool, hang: str = "") -> 
             step=place.step if place else 0,
             reached=reports.highest_step,
             error=error,
-            in_order=not error and bool(reports.exits) and not _died(reports, status),
+            in_order=not error and _in_order(reports, status, several_hosts),
         ),
         run=reports.run,
         busy=said is not None and said.kind == "RunBusyError",
@@ -67,11 +70,14 @@ def not_begun(cause: str, *, run: str = "", busy: bool = False) -> Outcome:
     return Outcome(code=START_AGAIN, cause=cause, ended=ended, run=run, busy=busy)
 
 
-def _died(reports: Reports, status: int) -> bool:
-    """Whether a rank ended without a last word, or lost one that did."""
+def _in_order(reports: Reports, status: int, several_hosts: bool) -> bool:
+    """Whether all ranks had a last word, and lost none of this host that had none."""
+    if several_hosts and not reports.places:
+        return status == START_AGAIN
     silent = len(reports.exits) < len(reports.places)
     lost = any(e.code == START_AGAIN and e.lost_a_peer for e in reports.exits)
-    return silent or lost or status < 0
+    lost = lost and (silent or not several_hosts)
+    return bool(reports.exits) and not (silent or lost or status < 0)
 
 
 def _words(said: Exit | None) -> str:

@@ -165,7 +165,7 @@ def recorded_steps(
     why_not = ""
     for earlier in range(generation - 1, max(oldest, generation - MOST_GENERATIONS, 1) - 1, -1):
         try:
-            found = _read(store, earlier, step)
+            found = steps_told(store, earlier, step)
         except (StoreUnavailableError, ValueError):
             unread.append(earlier)
             continue
@@ -210,7 +210,7 @@ def _claims(records: Sequence[Record]) -> Iterator[Record]:
             yield record
 
 
-def _read(store: Store, generation: int, step: int) -> dict[int, bytes]:
+def steps_told(store: Store, generation: int, step: int) -> dict[int, bytes]:
     """The steps after `step` in a generation's last heartbeat; ValueError when it has lost them."""
     beat = read_beat(store, generation)
     if "proof" not in beat and type(beat.get("step")) is int and beat["step"] <= step:

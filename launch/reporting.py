@@ -30,9 +30,16 @@ class Reporter:
     """The rank's side. Use it with `with`."""
 
     def __init__(
-        self, path: str | None, rank: int, clock: Callable[[], float] = time.monotonic
+        self,
+        path: str | None,
+        rank: int,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        local_rank: int | None = None,
     ) -> None:
+        """`local_rank` counts on this host alone; by default it is the rank."""
         self._rank = rank
+        self._local_rank = rank if local_rank is None else local_rank
         self._clock = clock
         self._last_row = -_ROW_SECONDS
         self._last_phase: tuple[str, int] | None = None
@@ -63,7 +70,8 @@ class Reporter:
         """The phase that is entered, after so many finished steps."""
         if self._last_phase != (phase, step):
             self._last_phase = (phase, step)
-            self._send({"pid": os.getpid(), "phase": phase, "step": step})
+            here = {"pid": os.getpid(), "local_rank": self._local_rank}
+            self._send({**here, "phase": phase, "step": step})
 
     def run(self, url: str, generation: int) -> None:
         """The run that this rank has claimed."""
@@ -100,7 +108,9 @@ class Reporter:
 
 def reporter() -> Reporter:
     """The reporter of this process, as its environment says."""
-    return Reporter(os.environ.get(VARIABLE), int(os.environ.get("RANK", "0")))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    return Reporter(os.environ.get(VARIABLE), rank, local_rank=local_rank)
 
 
 def deadline_file() -> Path | None:
@@ -136,7 +146,12 @@ class Exit:
 
 
 class Reports:
-    """The supervisor's side: all that the ranks of one start have said. Use it with `with`."""
+    """The supervisor's side: all that the ranks of one start have said. Use it with `with`.
+
+    When a host comes or goes, torchrun itself ends its ranks and starts others, perhaps with other
+    numbers: then what the former ones said counts no more, save how far the run came. `world` is
+    the number of the present ones.
+    """
 
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -162,6 +177,8 @@ class Reports:
 
     def begin(self) -> None:
         """Forget the start before."""
+        self.world = 1
+        self._pids: dict[int, int] = {}  # by local rank
         self.places: dict[int, Place] = {}
         self.exits: list[Exit] = []  # in order of time
         self.run = ""
@@ -184,6 +201,12 @@ class Reports:
         rank = int(said["rank"])
         if "phase" in said:
             place = Place(pid=int(said["pid"]), phase=str(said["phase"]), step=int(said["step"]))
+            local_rank = int(said["local_rank"])
+            if self._pids.setdefault(local_rank, place.pid) != place.pid:
+                self.world += 1
+                self._pids = {local_rank: place.pid}
+                self.places.clear()
+                self.exits.clear()
             self.places[rank] = place
             self.highest_step = max(self.highest_step, place.step)
             news(rank, place)

@@ -38,7 +38,7 @@ class Limits:
 class Start:
     """Use `run` once. `looked` hears of every look, with what the ranks have said so far.
 
-    `outdated` says why torchrun would wait in vain for other hosts, or "".
+    `outdated`, for several hosts, says why torchrun would wait in vain for the others, or "".
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class Start:
         *,
         say: Callable[[str], None],
         environment: Mapping[str, str] | None = None,
-        outdated: Callable[[], str] = lambda: "",
+        outdated: Callable[[], str] | None = None,
         looked: Callable[[Reports], None] = lambda reports: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -66,6 +66,7 @@ class Start:
         self._clock = clock
         self._awake = AwakeClock(clock)
         self._watch = HangWatch(limits.start_seconds, self._awake)
+        self._world = 1
         self._deadline_path = Path(f"{reports.path}.deadline")
         self._deadline = float("inf")
         self._signalled: set[int] = set()
@@ -108,7 +109,13 @@ class Start:
         if vain:
             return not_begun(vain, run=self._reports.run)
         status = ended.get(agent, -signal.SIGKILL)
-        return outcome(self._reports, status, noticed=self._wake.noticed, hang=hang)
+        return outcome(
+            self._reports,
+            status,
+            noticed=self._wake.noticed,
+            hang=hang,
+            several_hosts=self._outdated is not None,
+        )
 
     def _spawn(self) -> int:
         """On the main thread: the death of the thread that forks kills the agent."""
@@ -132,6 +139,9 @@ class Start:
 
     def _hear(self) -> None:
         def news(rank: int, place: Place) -> None:
+            if self._world != self._reports.world:  # which compiles and restores, as a start does
+                self._world = self._reports.world
+                self._watch = HangWatch(self._limits.start_seconds, self._awake)
             self._watch.heard(rank, place.phase, place.step)
 
         self._reports.hear(news)
@@ -144,14 +154,15 @@ class Start:
         if self._wake.insisted:
             self._say("a second signal: everything is killed now")
             return True
-        if not self._reports.places:
+        alive = self._ranks()
+        if not alive and not self._signalled:
             self._say("no rank has begun: nothing is to be saved")
             return True
         deadline = self._wake.deadline(self._limits.grace_seconds)
         if deadline < self._deadline:
             self._deadline = deadline
             self._write_deadline(deadline)
-        for pid in self._ranks() - self._signalled:
+        for pid in alive - self._signalled:
             self._signalled.add(pid)
             send(pid, signal.SIGUSR1)
         if self._clock() >= deadline:
@@ -169,7 +180,7 @@ class Start:
 
     def _waits_in_vain(self) -> str:
         """Why torchrun, none of whose ranks lives, waits for hosts that will not come; or ""."""
-        if self._clock() - self._asked < OUTDATED_SECONDS:
+        if self._outdated is None or self._clock() - self._asked < OUTDATED_SECONDS:
             return ""
         self._asked = self._clock()
         return "" if self._ranks() else self._outdated()

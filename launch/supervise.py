@@ -8,11 +8,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from launch.exit_codes import COMPLETE, FINAL, PERMANENT, START_AGAIN
+from launch.exit_codes import COMPLETE, FENCED, FINAL, PERMANENT, START_AGAIN, end_process
 from launch.wake import Wake
 from storage.errors import ConfigurationError, RunBusyError, StoreUnavailableError
 
@@ -66,20 +67,26 @@ class Flags:
 
 
 class Backoff:
-    """How long to wait before the next start: doubling, with jitter, from new after progress."""
+    """How long to wait before the next start: nothing after progress, then doubling, with jitter.
+
+    Progress is a new highest step, so that a start that fails at once is not started at once.
+    """
 
     def __init__(self, uniform: Callable[[float, float], float] = random.uniform) -> None:
         self._uniform = uniform
         self._tries = 0
         self._was_busy = False
-        self._reached = -1
+        self._reached = 0
 
     def after(self, ended: "Outcome") -> float:
         """Seconds to wait after this start. Another owner of the run is given more time."""
-        if ended.ended.reached > self._reached or ended.busy != self._was_busy:
+        progress = ended.ended.reached > self._reached
+        if progress or ended.busy != self._was_busy:
             self._tries = 0
         self._reached = max(self._reached, ended.ended.reached)
         self._was_busy = ended.busy
+        if progress and not ended.busy:
+            return 0.0
         first = BUSY_WAIT_SECONDS if ended.busy else FIRST_WAIT_SECONDS
         longest = min(first * 2.0 ** min(self._tries, 30), LONGEST_WAIT_SECONDS)
         self._tries += 1
@@ -94,17 +101,15 @@ def mind(
     noticed: Callable[[], bool],
     say: Callable[[str], None],
     backoff: Backoff,
-    final: Sequence[int] = FINAL,
 ) -> int:
     """Start again and again, until the run is complete, a notice comes, or no restart helps.
 
-    `judge` says when these starts are a crash loop. `wait` returns False when a notice came. Codes
-    in `final` end it.
+    `judge` says when these starts are a crash loop. `wait` returns False when a notice came.
     """
     while not noticed():
         came = start()
-        if came.code in final or noticed():
-            code = came.code if came.code in final else START_AGAIN
+        if came.code in FINAL or noticed():
+            code = came.code if came.code in FINAL else START_AGAIN
             say(f"{came.cause}; exit code {code}")
             return code
         stuck = judge(came)
@@ -112,7 +117,7 @@ def mind(
             say(stuck)
             return PERMANENT
         seconds = backoff.after(came)
-        say(f"{came.cause}; starting again in {seconds:.1f} s")
+        say(f"{came.cause}; starting again {f'in {seconds:.1f} s' if seconds else 'at once'}")
         if not wait(seconds):
             break
     say("a notice while nothing runs; exit code 75")
@@ -246,16 +251,19 @@ def supervise(
                     return not_begun(str(error), busy=isinstance(error, RunBusyError))
                 if joined is None:
                     return not_begun("a notice before the hosts met")
-            return Start(
+            came = Start(
                 command(flags.grace_seconds, joined.arguments if joined else torchrun),
                 wake,
                 reports,
                 limits,
                 say=say,
                 environment=joined.environment if joined else {},
-                outdated=lambda: elastic.outdated(joined) if elastic and joined else "",
+                outdated=partial(elastic.outdated, joined) if elastic and joined else None,
                 looked=condition.looked,
             ).run()
+            if came.code == FENCED and elastic is not None and elastic.still_ours():
+                return replace(came, code=START_AGAIN)  # the others went on without this host
+            return came
 
         return mind(
             start,
@@ -264,8 +272,6 @@ def supervise(
             noticed=lambda: wake.noticed,
             say=say,
             backoff=Backoff(),
-            # One of several hosts that was fenced, by the others going on without it, rejoins them.
-            final=(COMPLETE, PERMANENT) if elastic else FINAL,
         )
 
 
@@ -278,6 +284,4 @@ def _split(arguments: Sequence[str]) -> tuple[list[str], bool, list[str]]:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # a store or a metadata service that hangs on another thread is not waited for
+    end_process(main())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # torchrun runs this file, with `launch/` in front of the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.exit_codes import COMPLETE, START_AGAIN, exit_code, last_words
+from launch.exit_codes import COMPLETE, START_AGAIN, end_process, exit_code, last_words
 from launch.minded import die_with_parent, show_stacks_when_asked
 from launch.notice import Notice
 from launch.phase import Phase
@@ -93,7 +93,8 @@ def train(
         grace = Grace(notice, phase, seconds=config.grace_seconds, deadline_file=deadline_file())
         stack.enter_context(grace)
         with grace.at_once():  # the others may never come
-            world = stack.enter_context(joined_world())
+            phase("rendezvous")
+            world = stack.enter_context(joined_world(report.ended))
         set_up_logging(world.rank, phase)
         config = settled(config, world)
         store = open_store(config.run)
@@ -189,4 +190,4 @@ def train(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from launch.elastic import VARIABLE
-from launch.links import watched_hosts
+from launch.links import leave, watched_hosts
 from storage import errors
 from storage.errors import ConfigurationError, RangeFlowError
 
@@ -129,8 +129,13 @@ class World:
 
 
 @contextmanager
-def joined_world() -> Iterator[World]:
-    """Join the processes that torchrun started, or be a world of one without it."""
+def joined_world(
+    last_word: Callable[[int, Exception], object] = lambda code, error: None,
+) -> Iterator[World]:
+    """Join the processes that torchrun started, or be a world of one without it.
+
+    `last_word` hears, on another thread, of a host that is lost, before this process ends.
+    """
     # cuBLAS is deterministic only with a fixed workspace, read when CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     rank = int(os.environ.get("RANK", "0"))
@@ -146,7 +151,8 @@ def joined_world() -> Iterator[World]:
         world = World(rank, size, device, job, place=place)
         local_ranks = world.gather(int(os.environ.get("LOCAL_RANK", "0")))
         world.host_ranks = _of_one_host(rank, local_ranks)
-        stack.enter_context(watched_hosts(world, os.environ.get("MASTER_ADDR", "")))
+        address = os.environ.get("MASTER_ADDR", "")
+        stack.enter_context(watched_hosts(world, address, lambda host: leave(host, last_word)))
         yield world
 
 

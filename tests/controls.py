@@ -10,10 +10,12 @@ from unittest.mock import patch
 
 from torch import Tensor, nn
 
+from checkpointing.history import history
 from data_service.batches import Batches
 from data_service.loader import StepRows
 from launch.editing import LiveData
 from launch.running import Keeper
+from storage.log import Log
 from trainer.schedule import learning_rate
 from trainer.step import Flags
 
@@ -74,6 +76,11 @@ def _failing(data: LiveData, step: int) -> StepRows:
     return _next(data, step)
 
 
+def _claim_at_once(store: object, log: Log, **clocks: object) -> int:
+    """Whoever owns the run is taken for gone."""
+    return history(log.refresh()).generation
+
+
 def _hang(*arguments: object) -> None:
     """A store that answers no more."""
     Event().wait()
@@ -84,6 +91,8 @@ _next = LiveData.next
 
 CONTROLS: dict[str, tuple[str, Callable[..., object]]] = {
     "fence": ("checkpointing.incarnation.refuse_if_fenced", lambda records, claim: None),
+    "pdeathsig": ("launch.train.die_with_parent", lambda: None),
+    "owner": ("checkpointing.incarnation._wait_until_free", _claim_at_once),
     "rng_key": ("trainer.step.keyed_randomness", _keyless),
     "cursor": ("trainer.state.resume_position", lambda batches, exact: 0),
     "scaler": ("trainer.state.restore_scaler", lambda scaler, state: None),

@@ -29,12 +29,16 @@ PINS: dict[str, set[str]] = {
     "signal": {
         *("launch/notice.py", "launch/wake.py"),  # whoever hears signals
         *("launch/start.py", "launch/descendants.py", "launch/minded.py"),  # whoever sends them
+        *("launch/chaos/watched.py", "launch/chaos/trial.py"),  # faults
+        *("launch/chaos/one_host.py", "launch/chaos/soak.py"),
         "launch/outcome.py",  # which names them
+        "launch/chaos/hosts.py",  # a host that loses power
     },
     "os.environ": {
         "launch/world.py",  # who we are
         *("launch/start.py", "launch/reporting.py"),  # the supervisor tells its ranks
         "launch/supervise.py",  # the entry, which passes on what it was started with
+        *("launch/chaos/watched.py", "launch/chaos/trial.py"),  # a trial tells its processes
     },
     "os.getenv": set(),
     "os.putenv": set(),
@@ -158,13 +162,17 @@ def without_docstring(root: Path) -> list[str]:
 
 
 def without_tests(root: Path) -> list[str]:
-    """Modules above `storage` without a `tests/test_<module>.py`."""
+    """Modules above `storage` without a `tests/test_<module>.py`; `__main__` is the package's."""
+
+    def name(path: Path) -> str:
+        return path.parent.name if path.stem == "__main__" else path.stem
+
     return [
         path
         for path in modules(root)
         if not path.startswith("storage/")
         and Path(path).stem != "__init__"
-        and not (root / "tests" / f"test_{Path(path).stem}.py").exists()
+        and not (root / "tests" / f"test_{name(Path(path))}.py").exists()
     ]
 
 

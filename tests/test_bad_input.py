@@ -4,8 +4,8 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import pytest
 
 from checkpointing.history import history
 from data_service.shard_format import npy_bytes
+from launch.chaos.small_disk import SmallDisk
+from launch.chaos.small_disk import small_disk as made_disk
 from launch.config import FIXED, RunConfig, fields_of_kind
 from storage.canonical import sha256_hex
 from storage.log import Log
@@ -436,34 +438,18 @@ def test_after_enospc_the_same_command_goes_on_to_the_same_digest(
 
 @pytest.fixture(scope="module")
 def small_disk() -> Iterator[Path]:
-    """A real file system of 4 MiB, seen through the mount namespace of a helper process."""
-    script = "mount -t tmpfs -o size=4m none /mnt && echo mounted && exec cat"
-    try:
-        helper = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", script],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    except FileNotFoundError:
-        pytest.skip("there is no unshare(1) here to mount a small disk with")
-    assert helper.stdout is not None and helper.stdin is not None
-    said = helper.stdout.readline().strip()
-    if said == "mounted":
-        yield Path(f"/proc/{helper.pid}/root/mnt")
-    helper.stdin.close()
-    helper.wait()
-    helper.stdout.close()
-    if said != "mounted":
-        pytest.skip(f"a small disk cannot be mounted here: {said}")
+    """A real file system of 4 MiB."""
+    with ExitStack() as stack:
+        try:
+            disk = stack.enter_context(made_disk())
+        except OSError as error:
+            pytest.skip(str(error))
+        yield disk.folder
 
 
 def fill(disk: Path) -> None:
     """Write until nothing more fits."""
-    with pytest.raises(OSError, match="No space left"), open(disk / "filler", "wb", 0) as file:
-        while True:
-            file.write(bytes(4096))
+    SmallDisk(disk).fill()
 
 
 @pytest.mark.parametrize(("phase", "nth"), [*PLACES, FLUSH])

@@ -73,7 +73,16 @@ def test_before_the_first_step_is_done_each_phase_has_the_fixed_limit(
 ) -> None:
     clock.now += START
     assert watch.hang() is None, "torchrun meets the other hosts"
-    for phase in ("start", "open", "claim", "claim:wait", "restore", "step", "micro_batch"):
+    for phase in (
+        "start",
+        "rendezvous",
+        "open",
+        "claim",
+        "claim:wait",
+        "restore",
+        "step",
+        "micro_batch",
+    ):
         watch.heard(0, phase, 40)
         clock.now += START
         assert watch.hang() is None, phase

@@ -8,17 +8,21 @@ from pathlib import Path
 import pytest
 
 from checkpointing.owner import provably_gone
-from tests.hosts import GATEWAY, Network, network, processes_of
+from launch.chaos.hosts import GATEWAY, Network, processes_of
+from tests.hosts import Running, inside, network, python
 
 SERVE = "import socket as s; l = s.create_server(('', 7)); print('up', flush=True); l.accept()"
-REACH = "import socket, sys; socket.create_connection((sys.argv[1], 7), timeout=0.3)"
+REACH = """
+import socket, sys
+socket.create_connection((sys.argv[1], 7), timeout=float(sys.argv[2]))
+"""
 IDENTITY = (
     "import json; from checkpointing.owner import this_process; print(json.dumps(this_process()))"
 )
 
 
-def reaches(lan: Network, source: int, target: int) -> bool:
-    return lan[source].python("-c", REACH, lan[target].address).end() == 0
+def reaches(lan: Network, source: int, target: int, seconds: float = 60.0) -> bool:
+    return python(lan[source], "-c", REACH, lan[target].address, str(seconds)).end() == 0
 
 
 def space_of(lan: Network, number: int) -> str:
@@ -27,12 +31,12 @@ def space_of(lan: Network, number: int) -> str:
 
 def test_a_link_is_cut_and_healed_and_a_host_loses_power() -> None:
     with network(3) as lan:
-        servers = [host.python("-c", SERVE) for host in lan.hosts]
+        servers = [python(host, "-c", SERVE) for host in lan.hosts]
         for server in servers:
             server.says("up")
         assert reaches(lan, 0, 1)
         lan[2].cut()
-        assert not reaches(lan, 0, 2) and not reaches(lan, 2, 0)
+        assert not reaches(lan, 0, 2, 0.3) and not reaches(lan, 2, 0, 0.3)
         lan[2].heal()
         assert reaches(lan, 0, 2)
         dead = space_of(lan, 1)
@@ -48,7 +52,7 @@ def test_hosts_leave_nothing_behind_when_a_test_fails() -> None:
     links = Path("/sys/class/net")
     before = {path.name for path in links.iterdir()}
     with pytest.raises(ZeroDivisionError), network(2) as lan:
-        lan[0].start("sh", "-c", "sleep 1000 & sleep 1000 & echo begun; wait").says("begun")
+        Running(lan[0], "sh", "-c", "sleep 1000 & sleep 1000 & echo begun; wait").says("begun")
         spaces = [space_of(lan, 0), space_of(lan, 1)]
         raise ZeroDivisionError
     assert [processes_of(space) for space in spaces] == [[], []]
@@ -66,11 +70,10 @@ def test_no_host_takes_a_process_of_another_for_its_own() -> None:
 
 
 def test_a_server_of_the_test_listens_on_the_bridge() -> None:
-    with network(1) as lan, lan.inside(lambda: socket.create_server((GATEWAY, 0))) as server:
+    with network(1) as lan, inside(lan, lambda: socket.create_server((GATEWAY, 0))) as server:
         port = server.getsockname()[1]
-        caller = lan[0].python(
-            "-c", f"import socket; socket.create_connection(('{GATEWAY}', {port})).sendall(b'hi')"
-        )
+        call = f"import socket; socket.create_connection(('{GATEWAY}', {port})).sendall(b'hi')"
+        caller = python(lan[0], "-c", call)
         connection, (address, _) = server.accept()
         with connection:
             assert (connection.recv(10), address) == (b"hi", lan[0].address)

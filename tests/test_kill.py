@@ -30,6 +30,7 @@ SHAPE = (
 )
 
 KILLS = (
+    ("rendezvous", 1, 2),
     ("open", 1, 1),
     ("claim", 1, 1),
     ("prepare:ledger", 1, 1),

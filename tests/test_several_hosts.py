@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.chaos.hosts import Network
 from storage.log import Log
 from storage.store import open_store
-from tests.hosts import Network, Running, network
+from tests.hosts import Running, network, python
 from tests.programs import ROOT, TIMEOUT_SECONDS, curve, final_digest, rows, train_here
 
 SHAPE = (
@@ -72,7 +73,8 @@ class Cluster:
 
     def _start(self, *program: str | Path, stop: str) -> Running:
         number = len(self.agents)
-        agent = self.lan[number].python(
+        agent = python(
+            self.lan[number],
             *(*program, "--", ROOT / "tests" / "killable.py", self._fifos[number], stop, "none"),
             *self._arguments,
             GLOO_SOCKET_IFNAME="eth0",

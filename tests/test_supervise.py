@@ -33,6 +33,7 @@ from tests.minding import ROOT, Supervised
 
 ENDED = Ended(generation=0, phase="reduce", step=7, reached=7, in_order=True)
 FAILED = Outcome(code=INTERNAL, cause="it failed", ended=ENDED)
+STUCK = replace(FAILED, ended=replace(ENDED, reached=0))
 READY = "step=3,say=ready"
 
 
@@ -76,7 +77,10 @@ def test_what_no_restart_helps_ends_the_supervisor_with_that_code(code: int) -> 
 def test_what_a_restart_may_help_is_started_again(code: int) -> None:
     minded = Minded([*[replace(FAILED, code=code)] * 5, replace(FAILED, code=COMPLETE)])
     assert minded.run() == COMPLETE
-    assert minded.said[0] == "it failed; starting again in 1.0 s"
+    assert minded.said[:2] == [
+        "it failed; starting again at once",  # it had reached step 7
+        "it failed; starting again in 1.0 s",
+    ]
 
 
 def test_a_start_that_a_notice_ended_is_the_last() -> None:
@@ -124,17 +128,21 @@ def test_a_crash_loop_is_permanent() -> None:
     assert minded.said[-1] == "crash loop: x"
 
 
-def test_waits_double_up_to_a_limit_and_begin_anew_after_progress() -> None:
+def test_after_progress_nothing_is_waited_for_and_then_twice_as_long_each_time() -> None:
     ends = [replace(FAILED, ended=replace(ENDED, reached=step)) for step in [7] * 12 + [8, 8, 9]]
     minded = Minded([*ends, replace(FAILED, code=COMPLETE)])
     minded.run()
-    assert minded.waits[:5] == [1.0, 2.0, 4.0, 8.0, 16.0]
+    assert minded.waits[:6] == [0.0, 1.0, 2.0, 4.0, 8.0, 16.0]
     assert minded.waits[11] == LONGEST_WAIT_SECONDS
-    assert minded.waits[12:] == [1.0, 2.0, 1.0]
+    assert minded.waits[12:] == [0.0, 1.0, 0.0]
+
+
+def test_a_start_that_never_made_a_step_is_not_started_again_at_once() -> None:
+    assert Backoff(lambda low, high: low).after(STUCK) == 0.5
 
 
 def test_waits_have_jitter() -> None:
-    waits = {Backoff(random.Random(seed).uniform).after(FAILED) for seed in range(50)}
+    waits = {Backoff(random.Random(seed).uniform).after(STUCK) for seed in range(50)}
     assert len(waits) == 50
     assert 0.5 <= min(waits) < max(waits) <= 1.0
 
@@ -143,7 +151,7 @@ def test_another_owner_is_given_more_time_than_an_error() -> None:
     busy = replace(FAILED, code=START_AGAIN, busy=True)
     minded = Minded([FAILED, busy, busy, FAILED, replace(FAILED, code=COMPLETE)])
     minded.run()
-    assert minded.waits == [1.0, BUSY_WAIT_SECONDS, 2 * BUSY_WAIT_SECONDS, 1.0]
+    assert minded.waits == [0.0, BUSY_WAIT_SECONDS, 2 * BUSY_WAIT_SECONDS, 1.0]
 
 
 def test_the_judge_counts_starts_that_never_claimed_a_run() -> None:

@@ -66,7 +66,8 @@ def test_phases_come_in_order(tmp_path: Path, data: tuple[str, ...]) -> None:
     assert code == 0
     once = list(dict.fromkeys(heard))
     save = ["begin", "object", "uploaded", "manifest", "committed"]
-    steps = [(name, 0) for name in ("open", "claim", "restore", "step", "micro_batch")]
+    before = ("rendezvous", "open", "claim", "restore")
+    steps = [(name, 0) for name in (*before, "step", "micro_batch")]
     assert once[: len(steps)] == steps
     assert [name for name, step in once if step == 1 and name.startswith("save")] == [
         f"save:{part}" for part in save

@@ -1,0 +1,1 @@
+"""Tries to break runs of this installation, and judges what is left of them."""

@@ -1,0 +1,56 @@
+"""The training program, which stops itself where a trial asks it to.
+
+Usage: watched.py TRAINING_ARGUMENTS..., with the folder of its trial in the environment. There a
+trial writes in `stop` the rank, the phase, the step, and "stop" or "hold"; the first process that
+comes so far takes the file away, and writes in `stopped` who it is and where. Then it sends itself
+SIGSTOP, or the thread that came there goes no further. The phases are those of the training
+program, with "import" before and "exit" after all of them.
+"""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+if __name__ == "__main__":  # torchrun runs this file, with its folder in front of the path
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+VARIABLE = "RANGEFLOW_TRIAL"
+"""Names the folder; whoever has it in its environment is a process of that trial."""
+
+
+def stop_where_asked(phase: str, step: int) -> None:
+    """Stop this thread, and the process with it, if that is asked for. For any thread."""
+    folder = Path(os.environ[VARIABLE])
+    try:
+        rank, asked, at_least, how = (folder / "stop").read_text().split()
+    except FileNotFoundError:
+        return
+    if (rank, asked) != (os.environ.get("RANK", "0"), phase) or step < int(at_least):
+        return
+    try:
+        (folder / "stop").unlink()
+    except FileNotFoundError:  # another thread or process was faster
+        return
+    partial = folder / "stopped.partial"
+    partial.write_text(f"{os.getpid()} {step} {how}")
+    partial.rename(folder / "stopped")
+    if how == "hold":
+        threading.Event().wait()
+    # To this thread, which then goes no further; the rest of the process stops with it.
+    signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+
+
+def run(arguments: list[str]) -> int:
+    """Train; returns the exit code."""
+    stop_where_asked("import", 0)
+    from launch.train import main
+
+    code = main(arguments, stop_where_asked)
+    stop_where_asked("exit", 0)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,73 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from launch.chaos import __main__ as command
+from launch.chaos.__main__ import main
+from launch.chaos.scenarios import Scenario
+from tests.forks import ROOT
+from tests.programs import final_digest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--scenario", "sigkil"], "no scenario 'sigkil'; --list shows them: sigterm-import, "),
+        (["--repeat", "0"], "--repeat must be at least 1, got 0"),
+        (["--faults", "-1"], "--faults must be at least 0, got -1"),
+        (["--faults", "5", "--repeat", "2"], "give it without --scenario and --repeat"),
+        (["--out", "gs://bucket/chaos"], "--out must be a folder of this host, got 'gs://"),
+        (["--out", "/proc/nothing"], "--out /proc/nothing: No such file or directory"),
+    ],
+)
+def test_what_cannot_be_done_is_refused(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 78
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_that_holds_something_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "chaos.json").write_text("[]")
+    assert main(["--out", str(tmp_path)]) == 78
+    assert f"--out {tmp_path} is not empty; give a new folder" in capsys.readouterr().err
+
+
+def test_the_scenarios_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    shown = capsys.readouterr().out
+    assert "sigterm-import" in shown and "crash-loop" in shown and "mounts" in shown
+
+
+def test_every_scenario_is_in_the_documentation(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--list"]) == 0
+    listed = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    documented = re.findall(r"^\| `([a-z0-9-]+)` \|", (ROOT / "docs/chaos.md").read_text(), re.M)
+    assert documented == listed
+
+
+def test_a_killed_save_is_survived(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One scenario as a user plays it: real processes, from the command to its report."""
+    out = tmp_path / "out"
+    assert main(["--scenario", "sigkill-save", "--seed", "3", "--out", str(out), "--keep"]) == 0
+    (result,) = json.loads((out / "chaos.json").read_text())
+    assert (result["scenario"], result["outcome"], result["seed"]) == ("sigkill-save", "passed", 3)
+    assert result["violations"] == [] and result["faults"][0].startswith("SIGKILL of the process")
+    assert final_digest(Path(result["folder"], "run")) == final_digest(out / "unbroken" / "run")
+    assert "1 played, 0 failed, 0 skipped; seed 3; " in capsys.readouterr().out
+
+
+def test_nothing_played_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = Scenario(name="a", about="b", act=lambda trial: None, needs=frozenset({"root"}))
+    monkeypatch.setattr(command, "_chosen", lambda arguments: [alone])
+    monkeypatch.setattr("launch.chaos.scenarios.os.geteuid", lambda: 1000)
+    assert main(["--out", str(tmp_path / "out")]) == 1
+    assert "0 played, 0 failed, 1 skipped" in capsys.readouterr().out
+    (result,) = json.loads((tmp_path / "out" / "chaos.json").read_text())
+    assert (result["outcome"], result["why_skipped"]) == ("skipped", "it needs root")
