@@ -162,7 +162,8 @@ def _print(
     for claim in claims:
         answer = "yes" if claim.holds else "NO"
         held.add_row(claim.name, f"{claim.value:.4g} {claim.unit}", claim.target, answer)
-    console.print(held)
+    if claims:
+        console.print(held)
 
 
 def _proc_value(path: str, key: str) -> str:

@@ -5,6 +5,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,9 +60,9 @@ def one_host_rows(folder: Path, repeats: int) -> list[Row]:
             unit = "steps" if figure == AGAIN else "s"
             against = TORCH_SAVE if figure in (NEW_STEP, FIRST_STEP) else ""
             if values:
-                rows.append(
-                    Row(figure=figure, contestant=name, values=values, unit=unit, against=against)
-                )
+                row = Row(figure=figure, contestant=name, values=values, unit=unit, against=against)
+                both = name == TORCH_SAVE and figure == STAGES[2]
+                rows.append(replace(row, note="with 4") if both else row)
     return rows
 
 

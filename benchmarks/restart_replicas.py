@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -127,18 +128,22 @@ def torchft(folder: Path, corpus: Path, steps: int, python: Path) -> dict[str, f
         both = alive.line(lambda line: line.at > new.at and step_of(line)[1] == 2, len(before))
         for replica in replicas:
             replica.line(lambda line: line.text == "complete")
+    told = [line.text for replica in replicas for line in replica.lines]
+    return {NEW_STEP: new.at - killed, BOTH: both.at - killed, **samples_of(told, steps)}
+
+
+def samples_of(lines: Iterable[str], steps: int) -> dict[str, float]:
+    """What the replicas' lines say became of the samples of the first so many steps."""
     used: Counter[int] = Counter()
     groups: Counter[int] = Counter()
-    for line in (line for replica in replicas for line in replica.lines):
-        if line.text.startswith("{"):
-            told = json.loads(line.text)
+    for line in lines:
+        if line.startswith("{"):
+            told = json.loads(line)
             if told["committed"] and told["samples"] and told["step"] <= steps:
                 used.update(told["samples"])
                 groups[told["step"]] += 1
     return {
-        NEW_STEP: new.at - killed,
-        BOTH: both.at - killed,
-        HALF: float(sum(count == 1 for count in groups.values())),
+        HALF: float(sum(count < 2 for count in groups.values())),
         DROPPED: float(steps * BATCH - len(used)),
         TWICE: float(sum(count > 1 for count in used.values())),
     }

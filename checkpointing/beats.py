@@ -100,6 +100,8 @@ class Beats:
             self.fenced = True
         except RangeFlowError as error:
             logger.debug("a heartbeat was not written: %s", error)
+        except Exception:  # a thread that ended here would have others take the owner for dead
+            logger.exception("a heartbeat was not written, or what comes with it not done")
 
 
 def read_beat(store: Store, generation: int) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def silent_seconds(store: Store, generation: int) -> float:
 def _read(store: Store, key: str) -> dict[str, Any]:
     try:
         beat = json.loads(store.get(key))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return {}
     return beat if isinstance(beat, dict) else {}
 

@@ -13,6 +13,9 @@ from checkpointing.history import History, Lifespan
 PRIOR_SECONDS = 3 * 3600.0
 """Before a run knows better: one preemption in three hours, which counts as one observation."""
 
+GUESS_SECONDS = 1.0
+"""What a save costs, before a run has made one."""
+
 MAXIMUM_SECONDS = 30 * 60.0
 
 MINIMUM_SECONDS = 15.0
@@ -73,12 +76,12 @@ class SaveCost:
     charged as well as waiting.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = GUESS_SECONDS) -> None:
         self._idle: deque[float] = deque(maxlen=50)
         self._extra = 0.0
         self._saving = False
-        self.seconds = 1.0
-        """Of the newest save that is over; a guess before."""
+        self.seconds = seconds
+        """Of the newest save that is over; before, what is given."""
         self.saves = 0
         self.total_seconds = 0.0
         """Of all saves that are over, so many."""

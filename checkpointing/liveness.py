@@ -52,6 +52,8 @@ def judge(store: Store, past: History, sleep: Callable[[float], None]) -> Livene
         return found("alive")
     sleep(2 * BEAT_SECONDS)
     before, beat = beat, read_beat(store, past.generation)
+    if beat.get("left") is True:
+        return found("gone")
     return found("alive" if beat != before else "silent")
 
 

@@ -23,12 +23,8 @@ def provably_gone(owner: dict[str, Any]) -> bool:
     A process of another host, boot or pid namespace proves nothing; nor does a host without /proc.
     A process id that was given to a newer process is told apart by its start time.
     """
-    same_place = (
-        owner.get("boot_id") not in (None, "")
-        and owner.get("boot_id") == _boot_id()
-        and owner.get("pid_namespace") == _pid_namespace()
-    )
-    if not same_place or not Path("/proc/self/stat").exists():
+    here = {"boot_id": _boot_id(), "pid_namespace": _pid_namespace()}
+    if not all(here.values()) or any(owner.get(name) != value for name, value in here.items()):
         return False
     return _start_time(owner.get("pid", 0)) != owner.get("started")
 
@@ -41,7 +37,10 @@ def _boot_id() -> str:
 
 
 def _pid_namespace() -> str:
+    """ "" where it is not known, or where /proc is another namespace's and its numbers mislead."""
     try:
+        if Path("/proc/self").readlink().name != str(os.getpid()):
+            return ""
         return str(Path("/proc/self/ns/pid").readlink())
     except OSError:
         return ""

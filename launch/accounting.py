@@ -6,7 +6,6 @@ Does not cover: starts that ended before they claimed the run, and the up to fiv
 the last heartbeat and a kill; both are in the gap.
 """
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ GAP = "gap"
 """No incarnation was alive: a machine was waited for, or nobody started the program."""
 
 _READERS = 8
+_MOST = 1e12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -225,7 +225,7 @@ def _saves(beat: Mapping[str, Any]) -> tuple[int, float, float]:
 
 
 def _amounts(values: Sequence[object]) -> list[float] | None:
-    """The values as numbers from 0, None when one of them is none."""
-    found = [float(x) for x in values if isinstance(x, int | float) and not isinstance(x, bool)]
-    good = len(found) == len(values) and all(0 <= x < math.inf for x in found)
-    return found if good else None
+    """The values as numbers from 0, None when one of them is none, or is no time."""
+    found = [x for x in values if isinstance(x, int | float) and not isinstance(x, bool)]
+    good = len(found) == len(values) and all(0 <= x < _MOST for x in found)
+    return [float(x) for x in found] if good else None

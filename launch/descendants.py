@@ -8,13 +8,21 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
+Process = tuple[int, int]
+"""Its number, and the clock ticks at which it began: numbers are given again."""
 
-def descendants() -> list[int]:
-    """Every process below this one, zombies left out."""
-    children: dict[int, list[int]] = {}
+
+def descendants(spared: Collection[Process] = ()) -> list[int]:
+    """Every process below this one, zombies left out; and those spared, with what is below them."""
+    return [pid for pid, _ in processes_below(spared)]
+
+
+def processes_below(spared: Collection[Process] = ()) -> list[Process]:
+    """As `descendants`, each with when it began."""
+    children: dict[int, list[Process]] = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
@@ -24,13 +32,13 @@ def descendants() -> list[int]:
             continue  # it has ended meanwhile
         threads_live = int(fields[17]) > 1  # also behind a first thread that has ended
         if fields[0] not in ("Z", "X") or threads_live:
-            children.setdefault(int(fields[1]), []).append(int(entry))
-    found: list[int] = []
+            children.setdefault(int(fields[1]), []).append((int(entry), int(fields[19])))
+    found: list[Process] = []
     above = [os.getpid()]
     while above:
-        below = children.get(above.pop(), [])
+        below = [process for process in children.get(above.pop(), []) if process not in spared]
         found += below
-        above += below
+        above += [pid for pid, _ in below]
     return found
 
 
@@ -56,6 +64,7 @@ def reap() -> dict[int, int]:
 def kill_descendants(
     limit_seconds: float,
     *,
+    spared: Collection[Process] = (),
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> tuple[dict[int, int], list[int]]:
@@ -65,7 +74,7 @@ def kill_descendants(
     """
     reaped = reap()
     end = clock() + limit_seconds
-    while left := descendants():
+    while left := descendants(spared):
         if clock() > end:
             return reaped, left
         for pid in left:

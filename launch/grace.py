@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 RESERVE_SECONDS = 1.0
 """Before the deadline, for the last heartbeat and the end of the process."""
 
+LOOK_SECONDS = 1.0
+"""How often, after a notice, it is looked for a deadline that has come nearer."""
+
 LONGEST_SECONDS = 3600.0
 """A deadline further away than this is no platform's; a clock is wrong."""
 
@@ -62,6 +65,7 @@ class Grace:
         self._wall_clock = wall_clock
         self._end = end
         self._deadline: float | None = None
+        self._told: float | None = None
         self._steps: deque[float] = deque(maxlen=50)
         self._step_began = clock()
         self._wake, self._over = threading.Event(), threading.Event()
@@ -173,16 +177,20 @@ class Grace:
         }
 
     def _until(self) -> float:
-        """The deadline on the monotonic clock, read once: the wall's may be set meanwhile."""
-        if self._deadline is None:
+        """The deadline on the monotonic clock; what is told is compared with the wall's once.
+
+        A second notice may be more urgent than the first: then something else is told.
+        """
+        told = _told_deadline(self._deadline_file)
+        if self._deadline is None or told != self._told:
+            self._told = told
             asked_at = self._notice.asked_at
             assert asked_at is not None, "asked after a notice only"
-            told = _told_deadline(self._deadline_file)
             left = None if told is None else told - self._wall_clock()
-            if left is None or not 0 < left <= LONGEST_SECONDS:  # none, or of an earlier notice
-                self._deadline = asked_at + self._seconds
-            else:
+            if left is not None and 0 < left <= LONGEST_SECONDS:  # else of an earlier notice
                 self._deadline = self._clock() + left
+            elif self._deadline is None:
+                self._deadline = asked_at + self._seconds
         return self._deadline
 
     def _step_seconds(self) -> float:
@@ -196,7 +204,7 @@ class Grace:
             if left <= 0:
                 self._leave_now()
                 return
-            self._over.wait(left)
+            self._over.wait(min(left, LOOK_SECONDS))
 
     def _leave_now(self) -> None:
         logger.warning("leaving in phase %r, as it is: there is no time left", self._phase.name)

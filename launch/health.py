@@ -5,6 +5,8 @@ are, or a kubelet would kill a run that only trains slowly. /readyz is 200 while
 done in this start. /metrics is for Prometheus, and needs the extra `health`.
 """
 
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -36,13 +38,13 @@ class Condition:
         self.row: dict[str, float] = {}
 
     def started(self) -> None:
-        """A start begins."""
+        """A start begins; it is minded from the first look on: before, hosts may be waited for."""
         self.starts += 1
-        self._minding = True
         self._begin()
 
     def looked(self, reports: Reports) -> None:
         """The supervisor has looked at what its ranks said."""
+        self._minding = True
         self._looked_at = self._clock()
         self.ranks = len(reports.places)
         self.generation = reports.generation or self.generation
@@ -80,12 +82,11 @@ class Health:
 
     def __init__(self, port: int, condition: Condition) -> None:
         try:
-            self._server = ThreadingHTTPServer(("", port), _handler(condition))
+            self._server = _Server(("", port), _handler(condition))
         except OSError as error:
             raise ConfigurationError(
                 f"--health_port {port} cannot be used: {error.strerror}. Name another"
             ) from error
-        self._server.daemon_threads = True
         self.port = self._server.server_address[1]
 
     def __enter__(self) -> "Health":
@@ -101,6 +102,23 @@ class Health:
     ) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    """By IPv6 and IPv4, where the host has both."""
+
+    daemon_threads = True
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A client that goes away is nothing to tell."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
 
 
 def _handler(condition: Condition) -> type[BaseHTTPRequestHandler]:

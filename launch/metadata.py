@@ -10,6 +10,7 @@ cover: a service that never tells; the periodic save is what counts then.
 
 import http.client
 import json
+import os
 import threading
 import time
 import urllib.error
@@ -18,9 +19,10 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
 from email.message import Message
 from email.utils import parsedate_to_datetime
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol
+
+from launch.grace import LONGEST_SECONDS
 
 SHORT_SECONDS = 2.0
 """How long a service may take that answers at once: it lies on the same host."""
@@ -31,6 +33,9 @@ MARGIN_SECONDS = 5.0
 """Between the end of the grace and the time at which a cloud says it takes the machine."""
 FILE_SECONDS = 1.0
 _MOST_BYTES = 1 << 20
+_NONSENSE = (
+    *(OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError),
+)
 _GONE = ("Preempt", "Terminate", "Redeploy", "Reboot")
 
 Tell = Callable[[str, float | None], None]
@@ -148,13 +153,14 @@ def watch(
         for cloud in candidates:
             try:
                 notice = cloud.look()
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            except _NONSENSE:
                 continue
             answered = cloud
             if notice is not None:
                 source, seconds = notice
-                left = None if seconds is None else max(0.0, seconds - MARGIN_SECONDS)
-                tell(source, left)
+                if seconds is not None and seconds > LONGEST_SECONDS:
+                    seconds = None  # a clock is wrong
+                tell(source, None if seconds is None else max(0.0, seconds - MARGIN_SECONDS))
                 return
             break
         if answered is not None:
@@ -169,7 +175,7 @@ def watch(
 
 def watch_file(path: str, tell: Tell, wait: Callable[[float], bool]) -> None:
     """Look for a file once a second, until it is there or `wait` returns True."""
-    while not Path(path).exists():
+    while not os.path.exists(path):  # noqa: PTH110 - that raises where it must not look
         if wait(FILE_SECONDS):
             return
     tell(f"the notice file {path} is there (remove it before the next start)", None)

@@ -1,7 +1,6 @@
 """Replays spot traces against the costs that a run measured, and shows what becomes of the time."""
 
 import json
-import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -18,6 +17,8 @@ from storage.display import print_table
 from storage.errors import ConfigurationError
 
 _POLICY = re.compile(r"(?:auto|(?P<number>[0-9.]+)(?P<unit>s|steps))(?P<blocking>:blocking)?")
+
+_MOST_SECONDS = 1e9
 
 DEFAULT_POLICIES = ("auto", "600s", "100steps:blocking")
 
@@ -67,6 +68,12 @@ class Trace:
 
 def replay(arguments: Replay, training: Sequence[str]) -> int:
     """The command. `training` is what the training program is given with `--processes`."""
+    if not 0 <= arguments.notice_seconds < _MOST_SECONDS:
+        raise ConfigurationError(
+            f"--notice_seconds must be a number from 0, got {arguments.notice_seconds:g}"
+        )
+    if not arguments.trace:
+        raise ConfigurationError("--trace names no file")
     traces = [read_trace(path) for path in arguments.trace]
     if arguments.processes:
         if len(traces) != 1:
@@ -104,13 +111,15 @@ def read_trace(path: Path) -> Trace:
     try:
         content = json.loads(path.read_text())
         gap, counts = content["metadata"]["gap_seconds"], content["data"]
-        if not (isinstance(gap, int | float) and 0 < gap < math.inf):
-            raise ValueError(f"gap_seconds is {gap!r}, expected a number above 0")
+        if type(gap) not in (int, float) or not 1e-6 <= gap < _MOST_SECONDS:
+            raise ValueError(f"gap_seconds is {gap!r}, expected a number above 0, in seconds")
         if not isinstance(counts, list) or not counts:
             raise ValueError("`data` is empty, expected a list of numbers of machines")
         bad = [n for n in counts if not (type(n) is int and n >= 0)]
         if bad:
             raise ValueError(f"`data` holds {bad[0]!r}, expected numbers of machines from 0")
+        if not any(counts):
+            raise ValueError("it never has a machine")
     except OSError as error:
         raise ConfigurationError(f"{path}: {error.strerror}") from error
     except (KeyError, TypeError) as error:
@@ -183,9 +192,15 @@ def _modes(trace: Trace, arguments: Replay) -> Sequence[Mode]:
 def _outcomes(
     trace: Trace, mode: Mode, arguments: Replay, policies: Sequence[Policy]
 ) -> list[dict[str, Any]]:
-    nodes = max(1, max(trace.counts)) if arguments.nodes is None else arguments.nodes
+    most = max(trace.counts)
+    nodes = most if arguments.nodes is None else arguments.nodes
     if nodes < 1:
         raise ConfigurationError(f"--nodes must be at least 1, got {nodes}")
+    if mode == "gang" and nodes > most:
+        raise ConfigurationError(
+            f"{trace.name} has at most {most} machines at a time, so that a gang of --nodes "
+            f"{nodes} never runs; give at most {most}, or another --mode"
+        )
     stretches = segments(trace.counts, trace.gap_seconds, mode, nodes)
     world = nodes if mode == "elastic" else 1
     return [

@@ -24,6 +24,7 @@ VARIABLE = "RANGEFLOW_SUPERVISOR"
 _ROW_SECONDS = 1.0
 _MOST_BYTES = 1 << 16
 _LAST_WORD_SECONDS = 1.0
+_NO_SENSE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 class Reporter:
@@ -37,19 +38,24 @@ class Reporter:
         *,
         local_rank: int | None = None,
     ) -> None:
-        """`local_rank` counts on this host alone; by default it is the rank."""
+        """`local_rank` counts on this host alone; by default it is the rank.
+
+        `abandoned` says that there was to be a supervisor, and there is none any more.
+        """
         self._rank = rank
         self._local_rank = rank if local_rank is None else local_rank
         self._clock = clock
         self._last_row = -_ROW_SECONDS
         self._last_phase: tuple[str, int] | None = None
         self._socket: socket.socket | None = None
+        self.abandoned = False
         if path:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.setblocking(False)
             try:
                 self._socket.connect(path)
-            except OSError:  # the supervisor is gone; this rank will soon follow
+            except OSError:
+                self.abandoned = True
                 self._socket.close()
                 self._socket = None
         self.place("start", 0)
@@ -156,7 +162,11 @@ class Reports:
     def __init__(self, path: str) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
-        self._socket.bind(path)
+        try:
+            self._socket.bind(path)
+        except OSError:
+            self._socket.close()
+            raise
         self.path = path
         self.begin()
 
@@ -194,7 +204,7 @@ class Reports:
                 data = self._socket.recv(_MOST_BYTES)
             except BlockingIOError:
                 return
-            with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+            with contextlib.suppress(*_NO_SENSE):
                 self._take(json.loads(data), news)
 
     def _take(self, said: dict[str, Any], news: Callable[[int, Place], None]) -> None:

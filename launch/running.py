@@ -12,13 +12,13 @@ from types import TracebackType
 from typing import Any
 
 from checkpointing.asks import STOP
-from checkpointing.beats import Beats
+from checkpointing.beats import Beats, read_beat
 from checkpointing.group import Group
 from checkpointing.history import Checkpoint, history
 from checkpointing.incarnation import Incarnation
 from checkpointing.interval import (
+    GUESS_SECONDS,
     MINIMUM_SECONDS,
-    PRIOR_SECONDS,
     SaveCost,
     interval_seconds,
     mean_time_between_preemptions,
@@ -52,6 +52,8 @@ from trainer.state import with_unsaid
 from trainer.step import Flags, StepResult
 
 logger = logging.getLogger(__name__)
+
+_MOST_COST_SECONDS = 3600.0
 
 
 class Keeper:
@@ -88,11 +90,10 @@ class Keeper:
         self._put_off = 0
         self._curves_wait = False
         self._tokens_in_step = config.batch.global_batch_size * config.model.context
-        self._cost = SaveCost()
+        self._cost = SaveCost(_cost_before(store, incarnation))
         self._begun = False
         self._prepared = False
         self._loss = math.nan
-        self._mean_seconds = PRIOR_SECONDS
         self._inbox = Inbox(store, ASKED)
         self._asked: list[Request] = []
         self._told: list[Request] = []
@@ -101,6 +102,7 @@ class Keeper:
         self._edits_taken: set[str] = set()
         self._lock = threading.Lock()
         self._past = history(incarnation.records if incarnation is not None else ())
+        self._mean_seconds = mean_time_between_preemptions(self._past, time.time())
         self._saver = Saver(
             store,
             incarnation,
@@ -158,6 +160,7 @@ class Keeper:
         """For the heartbeat: the newest loss, and what saves cost."""
         saves = {
             "count": self._cost.saves,
+            "seconds": round(self._cost.seconds, 3),
             "stalled_seconds": round(self.stalled_seconds, 3),
             "durable_seconds": round(self._saver.seconds_until_durable, 3),
         }
@@ -325,6 +328,20 @@ class Keeper:
         self._answer(lambda request: request.kind != STOP)
         retire(self._store, incarnation, self._config.retention, announce=self._phase.aside)
         incarnation.shorten(lambda: self._store.list("checkpoints/"))
+
+
+def _cost_before(store: Store, incarnation: Incarnation | None) -> float:
+    """What a save cost the incarnation before, by its last heartbeat; a guess without one."""
+    if incarnation is None:
+        return GUESS_SECONDS
+    try:
+        saves = read_beat(store, incarnation.generation - 1).get("saves")
+    except StoreUnavailableError:
+        return GUESS_SECONDS
+    told = saves.get("seconds") if isinstance(saves, dict) else None
+    if not isinstance(told, int | float) or not 0 <= told < _MOST_COST_SECONDS:
+        return GUESS_SECONDS
+    return float(told)
 
 
 def loop_config(config: RunConfig) -> LoopConfig:

@@ -6,6 +6,7 @@ Covers: one process on this machine.
 Does not cover: several hosts; `launch.chaos` does that.
 """
 
+import math
 import subprocess
 import sys
 import time
@@ -13,9 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from launch.exit_codes import COMPLETE, PERMANENT, START_AGAIN
+from launch.exit_codes import COMPLETE, FENCED, PERMANENT, START_AGAIN
 from launch.spot_simulation import Segment
 from storage.errors import ConfigurationError
+
+_MEANING = {PERMANENT: "change something first", FENCED: "another job has claimed the run"}
 
 _PROGRAM = Path(__file__).resolve().with_name("train.py")
 
@@ -43,8 +46,8 @@ def replay_with_processes(
     `compress` seconds of the trace pass in one. A program that asks to be started again is. Raises
     ConfigurationError when it ends with an error that no restart helps.
     """
-    if not compress > 0:
-        raise ConfigurationError(f"--compress must be above 0, got {compress:g}")
+    if not 0 < compress < math.inf:
+        raise ConfigurationError(f"--compress must be a number above 0, got {compress:g}")
     command = [sys.executable, str(_PROGRAM), "--run", url, *training]
     begun = clock()
     report: dict[str, Any] = {"url": url, "starts": 0, "kills": 0, "complete": False}
@@ -62,7 +65,7 @@ def replay_with_processes(
             elif code == COMPLETE:
                 return {**report, "complete": True}
             elif code != START_AGAIN:
-                change = "change something first" if code == PERMANENT else "a defect"
+                change = _MEANING.get(code, "a defect")
                 raise ConfigurationError(
                     f"the training program ended with exit code {code} ({change}); its messages "
                     "are above"

@@ -6,7 +6,8 @@ parts add up to the available time, to the microsecond.
 Covers: losses with and without notice, saves that block or run beside training, one save in flight,
 the interval that a run chooses for itself, a world that shrinks at once and grows after a save.
 Does not cover: losses that a trace does not show, because the machine was replaced within a tick;
-stores or machines that fail; snapshots on hosts that survive.
+stores or machines that fail; snapshots on hosts that survive; the first save of a run, before which
+`auto` has to guess what one costs.
 """
 
 import math

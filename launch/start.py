@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.descendants import descendants, kill_descendants, reap, send
+from launch.descendants import descendants, kill_descendants, processes_below, reap, send
 from launch.hang import AwakeClock, HangWatch
 from launch.outcome import Outcome, not_begun, outcome
 from launch.reporting import VARIABLE, Place, Reports
@@ -76,6 +76,7 @@ class Start:
         """Start torchrun, mind it until it ends or must, and clear away what it began."""
         self._reports.begin()
         self._deadline_path.unlink(missing_ok=True)
+        others = processes_below()  # of who became this supervisor: a shell's `tensorboard &`
         agent = self._spawn()
         ended: dict[int, int] = {}
         hang = ""
@@ -98,7 +99,7 @@ class Start:
                 break
             if self._lingers():
                 break
-        reaped, left = kill_descendants(KILL_SECONDS)
+        reaped, left = kill_descendants(KILL_SECONDS, spared=others)
         ended |= reaped
         self._hear()
         if left:
@@ -174,8 +175,11 @@ class Start:
         """For the ranks, on the clock of the wall; whole at any instant."""
         at = time.time() + deadline - self._clock()
         partial = Path(f"{self._deadline_path}.partial")
-        partial.write_text(f"{at:.3f}")
-        partial.rename(self._deadline_path)
+        try:
+            partial.write_text(f"{at:.3f}")
+            partial.rename(self._deadline_path)
+        except OSError as error:  # a full disk: they still save
+            self._say(f"the ranks go by their own --grace_seconds: {error}")
         self._say(f"{self._wake.told[0].source}: the ranks have {deadline - self._clock():.1f} s")
 
     def _waits_in_vain(self) -> str:

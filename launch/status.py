@@ -20,6 +20,7 @@ from storage.log import Log
 from storage.store import Store, open_store
 
 _MOST_BYTES = 2**16
+_MOST = 1e15
 
 _DESCRIPTION = """Where a run stands, and what to do next.
 
@@ -207,7 +208,10 @@ def _integer(value: object) -> int | None:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    """None also for what is no finite number: JSON has none of these."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if -_MOST < value < _MOST else None
 
 
 if __name__ == "__main__":

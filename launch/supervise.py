@@ -62,6 +62,10 @@ class Flags:
                 "grace_seconds must be a number from 0, and start_limit_seconds above 0; got "
                 f"{self.grace_seconds} and {self.start_limit_seconds}"
             )
+        if not self.metadata_url.startswith(("http://", "https://")):
+            raise ConfigurationError(
+                f"metadata_url must begin with http:// or https://; got {self.metadata_url!r}"
+            )
         if not 0 <= self.health_port <= 65535:
             raise ConfigurationError(f"health_port must be from 0 to 65535; got {self.health_port}")
 
@@ -228,8 +232,14 @@ def supervise(
         condition = Condition()
         if flags.health_port:
             stack.enter_context(Health(flags.health_port, condition))
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rangeflow-"))
-        reports = stack.enter_context(Reports(str(Path(folder, "reports"))))
+        try:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rangeflow-"))
+            reports = stack.enter_context(Reports(str(Path(folder, "reports"))))
+        except OSError as error:
+            raise ConfigurationError(
+                "the temporary folder must take files and a socket, whose path has at most 107 "
+                f"bytes: {error}. Name another, such as TMPDIR=/tmp"
+            ) from error
         stack.enter_context(
             NoticeWatch(
                 clouds(flags.metadata, flags.metadata_url), flags.notice_file, wake.tell, say

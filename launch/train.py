@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None, listener: Listener | None = Non
         show_stacks_when_asked()
     # Before torch is imported: that takes seconds.
     with Notice(second_ends=not minded) as notice, reporter() as report:
+        if report.abandoned:  # it ended before this process could ask to die with its parent
+            sys.stderr.write("error: the supervisor of this rank is gone; so it leaves as well\n")
+            return START_AGAIN
         try:
             from launch.config import command_line, parse_config
 

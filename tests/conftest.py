@@ -18,7 +18,7 @@ from storage.store import open_store
 
 LONGEST = (
     *("test_editing", "test_corpus", "test_crash_points", "test_preparation", "test_protocol"),
-    "test_supervised_runs",
+    *("test_supervised_runs", "test_chaos"),
     *("test_kill", "test_worlds", "test_corruption", "test_store_conformance", "test_bad_input"),
     *("test_several_hosts", "test_tier"),
 )

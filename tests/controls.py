@@ -14,6 +14,7 @@ from checkpointing.history import history
 from data_service.batches import Batches
 from data_service.loader import StepRows
 from launch.editing import LiveData
+from launch.reporting import Reporter
 from launch.running import Keeper
 from storage.log import Log
 from trainer.schedule import learning_rate
@@ -92,6 +93,7 @@ _next = LiveData.next
 CONTROLS: dict[str, tuple[str, Callable[..., object]]] = {
     "fence": ("checkpointing.incarnation.refuse_if_fenced", lambda records, claim: None),
     "pdeathsig": ("launch.train.die_with_parent", lambda: None),
+    "abandoned": ("launch.train.reporter", lambda: Reporter(None, 0)),
     "owner": ("checkpointing.incarnation._wait_until_free", _claim_at_once),
     "rng_key": ("trainer.step.keyed_randomness", _keyless),
     "cursor": ("trainer.state.resume_position", lambda batches, exact: 0),

@@ -14,6 +14,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import launch.hang
+import launch.reporting
 import launch.start
 import launch.supervise
 
@@ -33,11 +34,17 @@ def run(control: str, arguments: list[str]) -> int:
     if control == "fake-without-pdeathsig":
         os.environ["WITHOUT_PDEATHSIG"] = "1"
     elif control == "fake-without-clearing":
-        launch.start.kill_descendants = lambda limit: ({}, [])
+        launch.start.kill_descendants = lambda limit, spared: ({}, [])
     elif control == "fake-quick":  # not broken: two ranks at step 3 hang sooner
         launch.start.LOOK_SECONDS = 0.1
         launch.start.STACKS_SECONDS = 0.3
         launch.hang.HangWatch._limit = quick_at_step_3
+    elif control == "fake-full-disk":  # not broken: the deadline's place cannot be written to
+        begin = launch.reporting.Reports.begin
+        launch.reporting.Reports.begin = lambda reports: (
+            begin(reports),
+            Path(f"{reports.path}.deadline.partial").mkdir(exist_ok=True),
+        )
     elif control == "fake-impatient":  # not broken: with less patience for an agent
         launch.start.LINGER_SECONDS = 0.1
     return launch.supervise.main(arguments, fake_command)

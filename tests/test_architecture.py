@@ -30,7 +30,7 @@ PINS: dict[str, set[str]] = {
         *("launch/notice.py", "launch/wake.py"),  # whoever hears signals
         *("launch/start.py", "launch/descendants.py", "launch/minded.py"),  # whoever sends them
         *("launch/chaos/watched.py", "launch/chaos/trial.py"),  # faults
-        *("launch/chaos/one_host.py", "launch/chaos/soak.py"),
+        *("launch/chaos/one_host.py", "launch/chaos/soak.py", "launch/chaos/__main__.py"),
         "launch/outcome.py",  # which names them
         "launch/chaos/hosts.py",  # a host that loses power
     },

@@ -105,13 +105,32 @@ def test_a_store_that_fails_stops_no_beats(tmp_path: Path, monkeypatch: pytest.M
         assert not running.fenced
 
 
+def test_an_error_in_what_comes_with_a_beat_stops_no_beats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beats, "BEAT_SECONDS", 0.001)
+    twice = threading.Event()
+    failures = iter([True])
+
+    def afterwards() -> None:
+        if next(failures, False):
+            raise ZeroDivisionError("a defect")
+        twice.set()
+
+    running = Beats(LocalStore(tmp_path), Owner(lambda: None), lambda: ("step", 1))
+    running.afterwards = afterwards
+    with running:
+        assert twice.wait(30), "others take a silent owner for dead"
+
+
 def test_a_beat_that_cannot_be_read_is_none(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     assert read_beat(store, 1) == {}
     store.put("beats/g0001.json", b"[1")
     assert read_beat(store, 1) == {}
-    store.put("beats/g0001.json", b"[1]")
-    assert read_beat(store, 1) == {}
+    for damaged in (b"[1]", b"[" * 100_000):
+        store.put("beats/g0001.json", damaged)
+        assert read_beat(store, 1) == {}
 
 
 def test_the_last_beat_says_the_error_and_the_others_do_not(tmp_path: Path) -> None:

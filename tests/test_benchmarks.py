@@ -11,7 +11,9 @@ from benchmarks import goodput
 from benchmarks.data_contestants import installed
 from benchmarks.data_parts import drift, equal_share, wrong_samples
 from benchmarks.data_registry import MAKERS
-from benchmarks.measuring import Row
+from benchmarks.measuring import Row, markdown
+from benchmarks.restart_programs import Program
+from benchmarks.restart_replicas import samples_of
 from checkpointing.beats import BEAT_SECONDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -162,3 +164,76 @@ def test_the_scale_benchmark_writes_its_figures(tmp_path: Path) -> None:
     assert len(found["claims"]) == 4
     assert {row["contestant"] for row in found["table"]} == {"100 shards", "30,000 shards"}
     assert {row["figure"] for row in found["table"]} >= {"open", "resume", "peak memory"}
+
+
+def test_a_table_for_a_document_has_a_line_a_figure_and_a_column_a_contestant() -> None:
+    rows = [
+        Row(figure="time", contestant="a", values=(1.5, 2.0, 4.25), unit="s"),
+        Row(figure="time", contestant="b", values=(3.0,), unit="s", note="cut"),
+        Row(figure="lost", contestant="b", values=(0.0, 2.0), unit="samples"),
+    ]
+    assert markdown(rows).splitlines() == [
+        "| | a | b |",
+        "|---|---|---|",
+        "| time | 2.00 s (1.50..4.25) | 3 s (3..3) cut |",
+        "| lost |  | 1 samples (0..2) |",
+    ]
+
+
+RANKS = """
+import os, subprocess, sys, time
+child = [sys.executable, "-c", "import time; print('step 7/9 done', flush=True); time.sleep(600)"]
+for rank in "10":
+    subprocess.Popen(child, env={**os.environ, "RANK": rank}, start_new_session=True)
+time.sleep(600)
+"""
+
+
+def test_a_program_under_measurement_knows_its_ranks_and_leaves_none_behind() -> None:
+    with Program([sys.executable, "-c", RANKS]) as program:
+        first = program.line(lambda line: line.step == 7)
+        program.line(lambda line: line.step == 7 and line is not first)
+        ranks = program.ranks()
+        told = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ranks]
+        assert [b"RANK=0" in told[0], b"RANK=1" in told[1]] == [True, True]
+        assert program.highest_step() == 7
+    for pid in ranks:
+        stat = Path(f"/proc/{pid}/stat")
+        assert not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
+def test_samples_of_steps_that_were_not_committed_count_as_not_trained_on() -> None:
+    told = [
+        {"step": 1, "samples": [0, 1], "committed": True, "replicas": 2},
+        {"step": 1, "samples": [2, 3], "committed": True, "replicas": 2},
+        {"step": 1, "samples": [4, 5], "committed": False, "replicas": 1},
+        {"step": 2, "samples": [4, 1], "committed": True, "replicas": 1},
+        {"step": 2, "samples": [], "committed": True, "replicas": 1},
+        {"step": 3, "samples": [6, 7], "committed": True, "replicas": 1},
+    ]
+    lines = ["noise", *(json.dumps(one) for one in told)]
+    assert samples_of(lines, steps=2) == {
+        "samples that were to be trained on, and were not": 32.0 - 5,
+        "samples trained on more than once": 1.0,
+        "steps made of half a batch": 1.0,
+    }
+
+
+@pytest.mark.soak
+def test_the_restart_benchmark_tells_where_the_time_of_a_restart_goes(tmp_path: Path) -> None:
+    answer, folder = tmp_path / "figures.json", tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(
+        [
+            *(sys.executable, ROOT / "benchmarks/restart.py", "--repeats=1"),
+            *("--parts", "one-host", "--folder", folder, "--json", answer),
+        ],
+        check=True,
+        cwd=tmp_path,
+    )
+    table = json.loads(answer.read_text())["table"]
+    ours = {r["figure"]: r["median"] for r in table if r["contestant"] == "rangeflow, supervised"}
+    stages = sum(seconds for figure, seconds in ours.items() if figure[0].isdigit())
+    assert stages == pytest.approx(ours["kill to the first new step"])
+    assert ours["steps done again"] >= 9
+    assert list(folder.iterdir()) == []

@@ -143,8 +143,21 @@ def test_a_clock_that_is_set_moves_no_deadline(
     notice.give()
     before = grace.left()
     clock.ahead += 3600.0
-    place.write_text(str(clock.wall() + 1))
     assert grace.left() == before
+
+
+def test_a_deadline_that_comes_nearer_is_heeded(
+    make: Callable[..., Grace], notice: Asked, clock: Clock, tmp_path: Path
+) -> None:
+    place = tmp_path / "socket.deadline"
+    place.write_text(str(clock.wall() + 115))  # a cloud's
+    grace = make(deadline_file=place)
+    notice.give()
+    assert grace.left() == pytest.approx(115 - RESERVE_SECONDS, abs=1e-5)
+    place.write_text(str(clock.wall() + 12))  # then a signal
+    assert grace.left() == pytest.approx(12 - RESERVE_SECONDS, abs=1e-5)
+    place.unlink()
+    assert grace.left() == pytest.approx(12 - RESERVE_SECONDS, abs=1e-5)
 
 
 def test_the_deadline_file_lies_beside_the_supervisors_socket(

@@ -102,6 +102,7 @@ def test_no_word_from_any_rank_is_torchrun_hanging(watch: HangWatch, clock: Seco
         ("evaluate", FLOOR_SECONDS["evaluate"]),
         ("sample", FLOOR_SECONDS["sample"]),
         ("wait_for_save", STORE_FLOOR_SECONDS),
+        ("edit", STORE_FLOOR_SECONDS),
         ("edit:recorded", STORE_FLOOR_SECONDS),
     ],
 )

@@ -1,6 +1,8 @@
 """The three pages over HTTP, and what they say of a run."""
 
 import json
+import socket
+import struct
 import sys
 import urllib.error
 import urllib.request
@@ -73,8 +75,15 @@ def test_liveness_never_judges_the_speed_of_steps(world: World) -> None:
         assert world.condition.alive
 
 
+def test_a_supervisor_that_waits_for_other_hosts_is_alive(world: World) -> None:
+    world.condition.started()
+    world.now += 10 * SILENT_SECONDS
+    assert world.condition.alive
+
+
 def test_a_supervisor_that_looks_no_more_is_not_alive(world: World) -> None:
     world.condition.started()
+    world.look()
     world.now += SILENT_SECONDS + 1
     assert not world.condition.alive
     world.look()
@@ -127,3 +136,21 @@ def test_a_port_that_is_taken_is_refused(world: World) -> None:
         pytest.raises(ConfigurationError, match=r"--health_port \d+ cannot be used: Address"),
     ):
         Health(health.port, world.condition)
+
+
+def test_a_client_that_goes_away_leaves_no_trace(
+    world: World, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with Health(0, world.condition) as health:
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", health.port)) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        assert ask(health, "/healthz")[0] == 200  # whoever came before has been heard
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="the host has no IPv6")
+def test_it_is_served_by_ipv6_as_well(world: World) -> None:
+    with Health(0, world.condition) as health:
+        socket.create_connection(("::1", health.port), 30).close()
+        assert ask(health, "/healthz")[0] == 200

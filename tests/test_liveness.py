@@ -74,3 +74,9 @@ def test_a_complete_run_is_complete_until_it_is_claimed_again(store: LocalStore)
     body = {"owner": {"host": "far", "boot_id": "another"}}
     Log(store).append(lambda _: Draft(kind="CLAIM", generation=2, body=body))
     assert judge(store, past(store), lambda _: beat(store, 2, 2)).state == "alive"
+
+
+def test_one_that_leaves_while_we_look_is_gone(store: LocalStore) -> None:
+    elsewhere(store)
+    found = judge(store, past(store), lambda _: beat(store, 2, 2, left=True))
+    assert found.state == "gone"

@@ -153,7 +153,7 @@ class Recorder:
         )
 
     def _edited(self, step: int) -> Batches:
-        self.phase("edit")
+        self.phase("edited")
         self._batches = self._edits[step]
         return self._batches
 
@@ -306,9 +306,10 @@ def test_an_edit_comes_after_the_save_of_its_step_and_before_the_next(
 ) -> None:
     recorded = recorder(batches, edits={3: edited})
     assert recorded.loop(5, save_interval_steps=3, eval_interval_steps=1).run(0, 0)
-    after = [event for event in recorded.events if event[1] in ("step", "save", "edit")]
+    after = [event for event in recorded.events if event[1] in ("step", "save", "edit", "edited")]
     around = after.index((3, "edit"))
-    assert after[around - 1 : around + 2] == [(3, "save"), (3, "edit"), (3, "step")]
+    expected = ["save", "edit", "edited", "step"]
+    assert after[around - 1 : around + 3] == [(3, name) for name in expected]
 
 
 def test_an_edit_is_not_made_where_the_loop_ends(batches: Batches, edited: Batches) -> None:

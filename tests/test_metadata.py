@@ -169,3 +169,33 @@ def test_the_watch_runs_beside_and_ends(tmp_path: Path) -> None:
     heard.clear()
     with NoticeWatch([], str(path), lambda *notice: heard.set(), lambda text: None):
         assert heard.wait(60.0)
+
+
+class Answering:
+    """A cloud that does and says what the test wants."""
+
+    name, pause_seconds = "cloud", 1.0
+
+    def __init__(self, *answers: object) -> None:
+        self._answers = list(answers)
+
+    def look(self) -> tuple[str, float | None] | None:
+        answer = self._answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("error", [RecursionError("nested"), OverflowError("the year 1")])
+def test_an_answer_that_cannot_be_read_ends_no_watch(error: Exception) -> None:
+    assert Watcher().watch([Answering(error, ("taken", 30.0))]).told == [("taken", 25.0)]
+
+
+def test_a_time_that_only_a_wrong_clock_gives_is_not_waited_for() -> None:
+    assert Watcher().watch([Answering(("taken", 1e9))]).told == [("taken", None)]
+
+
+def test_a_notice_file_where_nobody_may_look_is_not_there() -> None:
+    watcher = Watcher()
+    watch_file("/" + "x" * 300, watcher.tell, watcher.wait)
+    assert watcher.told == [] and len(watcher.waits) == 20

@@ -8,6 +8,8 @@ from tests.forks import ROOT
 
 SCENARIOS = {scenario.name: scenario for scenario in ONE_HOST}
 
+LEFT = "program-0 is over, and left behind process "
+
 
 def test_names_and_descriptions_are_unique() -> None:
     assert len(SCENARIOS) == len(ONE_HOST) == len({scenario.about for scenario in ONE_HOST})
@@ -32,12 +34,13 @@ def test_nothing_is_violated(name: str, ground: Ground) -> None:
     ("control", "name", "said"),
     [
         ("fence", "stale-writer", "program-0 ended with 0, expected 76"),
-        ("pdeathsig", "sigkill-torchrun", "program-0 is over, and left behind process "),
+        ("pdeathsig", "sigkill-torchrun", LEFT),
+        ("abandoned", "sigkill-supervisor-start", (LEFT, "the rank has begun to train, and nob")),
         ("owner", "two-jobs", "program-0 ended before a rank came to where it was to stop"),
     ],
 )
 def test_without_a_mechanism_its_scenario_fails(
-    control: str, name: str, said: str, tmp_path: Path
+    control: str, name: str, said: str | tuple[str, ...], tmp_path: Path
 ) -> None:
     """The negative controls."""
     program = (str(ROOT / "tests" / "chaos_control.py"), control)

@@ -61,6 +61,11 @@ def test_a_stop_that_an_operator_asked_for_is_told_from_a_complete_run(two: Rank
     assert (came.code, came.cause) == (0, "stopped, as an operator asked")
 
 
+def test_a_rank_that_died_without_a_word_completes_nothing(two: Ranks) -> None:
+    two.end(0, 0)
+    assert two.outcome(1).code == 70
+
+
 @pytest.mark.parametrize(
     ("first", "second", "code"),
     [
@@ -86,6 +91,18 @@ def test_the_cause_is_the_first_error_of_a_ranks_own_and_no_secondary_one(two: R
     two.end(1, ZeroDivisionError("the cause"))
     came = two.outcome(1)
     assert came.cause == came.ended.error == "rank 1: ZeroDivisionError: the cause"
+
+
+def test_the_first_of_two_errors_is_the_cause(two: Ranks) -> None:
+    two.end(1, ZeroDivisionError("the first"))
+    two.end(0, ZeroDivisionError("the second"))
+    assert two.outcome(1).cause == "rank 1: ZeroDivisionError: the first"
+
+
+def test_peers_that_all_lost_one_another_left_in_no_order(two: Ranks) -> None:
+    two.end(0, LOST)
+    two.end(1, LOST)
+    assert not two.outcome(1).ended.in_order
 
 
 def test_a_lost_peer_alone_is_no_error_and_no_orderly_end(two: Ranks) -> None:

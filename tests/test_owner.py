@@ -57,3 +57,23 @@ def test_another_place_proves_nothing(where: str) -> None:
 
 def test_an_identity_without_a_boot_id_proves_nothing() -> None:
     assert not provably_gone({"pid": 999_999_999})
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes a pid namespace")
+def test_proc_of_another_pid_namespace_proves_nothing() -> None:
+    import json
+
+    told = f"{PROGRAM}; from checkpointing.owner import provably_gone; import os, subprocess\n"
+    told += "other = subprocess.Popen(['sleep', '1000'])\n"
+    told += "print(provably_gone({**this_process(), 'pid': other.pid, 'started': '1'}))"
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--kill-child", sys.executable, "-c", told],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    owner, gone = done.stdout.splitlines()
+    assert json.loads(owner)["pid_namespace"] == "", "its number names another process there"
+    assert gone == "False", "it sleeps"
+    assert not provably_gone({**this_process(), "pid_namespace": "", "started": "1"})

@@ -52,6 +52,10 @@ def test_a_trace_is_read(trace: Path) -> None:
         ("{}", "found no 'metadata'"),
         ('{"metadata": {"gap_seconds": 0}, "data": [1]}', "gap_seconds is 0, expected a number"),
         ('{"metadata": {"gap_seconds": NaN}, "data": [1]}', "gap_seconds is nan"),
+        ('{"metadata": {"gap_seconds": true}, "data": [1]}', "gap_seconds is True"),
+        ('{"metadata": {"gap_seconds": 1e300}, "data": [1, 0, 1]}', "gap_seconds is 1e"),
+        ('{"metadata": {"gap_seconds": 1e-9}, "data": [1, 0, 1]}', "gap_seconds is 1e-09"),
+        ('{"metadata": {"gap_seconds": 1}, "data": [0, 0]}', "it never has a machine"),
         ('{"metadata": {"gap_seconds": 1}, "data": []}', "`data` is empty"),
         ('{"metadata": {"gap_seconds": 1}, "data": [1, -1]}', "`data` holds -1"),
         ('{"metadata": {"gap_seconds": 1}, "data": [1, true]}', "`data` holds True"),
@@ -62,6 +66,11 @@ def test_what_is_no_trace_is_refused(tmp_path: Path, content: str, why: str) -> 
     path.write_text(content)
     with pytest.raises(ConfigurationError, match=why):
         read_trace(path)
+
+
+def test_a_replay_needs_a_trace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["replay", "runs/none", *ALL, "--trace"]) == 78
+    assert "--trace names no file" in capsys.readouterr().err
 
 
 def test_a_trace_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -163,6 +172,24 @@ def test_arguments_for_training_go_with_processes_only(
 def test_nodes_are_at_least_one(trace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["replay", "r", "--trace", str(trace), *ALL, "--nodes=0"]) == 78
     assert "--nodes must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_a_gang_that_never_runs_has_no_goodput(
+    four: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["replay", "runs/none", "--trace", str(four), *ALL, "--nodes=5"]
+    assert main([*words, "--mode=gang"]) == 78
+    assert "has at most 4 machines at a time" in capsys.readouterr().err
+    assert main([*words, "--mode=elastic"]) == 0
+
+
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1"])
+def test_a_notice_comes_so_many_seconds_before(
+    trace: Path, seconds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["replay", "runs/none", "--trace", str(trace), *ALL, f"--notice_seconds={seconds}"]
+    assert main(words) == 78
+    assert "--notice_seconds must be a number from 0" in capsys.readouterr().err
 
 
 def test_processes_take_one_trace_and_what_training_is_given(

@@ -86,6 +86,15 @@ def test_without_a_supervisor_nothing_is_sent(path: str | None) -> None:
         assert rank.ended(75) == 75
 
 
+def test_a_rank_knows_that_its_supervisor_is_gone(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with Reports(path), Reporter(path, 0) as rank, Reporter(None, 0) as alone:
+        assert not rank.abandoned and not alone.abandoned
+    with Reporter(path, 0) as late:  # as SIGKILL leaves it: the socket is there, and nobody hears
+        assert late.abandoned
+        assert late.ended(75) == 75
+
+
 def test_a_supervisor_that_does_not_listen_holds_up_nobody(reports: Reports) -> None:
     with Reporter(reports.path, 0) as rank:
         for step in range(10_000):  # far more than the socket takes
@@ -98,6 +107,13 @@ def test_what_makes_no_sense_is_left_out(reports: Reports) -> None:
     stranger.connect(reports.path)
     for data in (b"", b"\xff", b"[]", b"3", b"{}", b'{"rank": "x"}', b'{"rank": 0, "exit": null}'):
         stranger.send(data)
+    for data in (
+        b'{"rank": 1e999}',
+        b"[" * 60_000,
+        b'{"rank": 0, "row": {"x": %s}}' % (b"9" * 400),
+    ):
+        stranger.send(data)
+        assert heard(reports) == []
     stranger.send(b'{"rank": 0, "pid": 5, "phase": "open", "step": 0}')
     stranger.close()
     assert heard(reports) == [(0, "open", 0)]

@@ -1,6 +1,7 @@
 import errno
 import json
 import logging
+import math
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ from checkpointing import beats, write
 from checkpointing.asks import ask
 from checkpointing.history import history
 from checkpointing.incarnation import Incarnation, claim_run
+from checkpointing.interval import PRIOR_SECONDS
 from checkpointing.load import load
 from checkpointing.save import TrainingState
 from data_service.batches import Batches
@@ -106,7 +108,7 @@ def test_a_heartbeat_tells_the_newest_loss_that_is_a_number_and_what_saves_cost(
     kept.record({"step": 1, "loss": 2.5})
     assert kept.told() == {
         "loss": 2.5,
-        "saves": {"count": 0, "stalled_seconds": 0.0, "durable_seconds": 0.0},
+        "saves": {"count": 0, "seconds": 1.0, "stalled_seconds": 0.0, "durable_seconds": 0.0},
     }
     kept.record({"step": 2, "loss": float("nan")})
     assert kept.told()["loss"] is None
@@ -244,6 +246,25 @@ def test_a_save_is_due_by_the_clock_on_rank_0_alone_until_it_is_begun(
         assert kept.save(1, validation_loss=None, healthy=True, wait=True)
         assert not kept.flags().save_due
         now = 161.0
+        assert kept.flags().save_due
+
+
+@pytest.mark.parametrize(
+    ("saves", "cost"),
+    [({"seconds": 0.25}, 0.25), ({"seconds": "x"}, 1.0), ({"seconds": 1e999}, 1.0), ([], 1.0)],
+)
+def test_the_first_interval_of_a_start_is_that_of_what_the_run_knows(
+    store: LocalStore, trainable: Callable[..., Keeper], saves: object, cost: float
+) -> None:
+    for _ in range(9):  # killed at once, each of them
+        claimed(store)
+    store.put("beats/g0009.json", json.dumps({"saves": saves}).encode())
+    now = 0.0
+    expected = math.sqrt(2 * cost * PRIOR_SECONDS / 10)
+    with trainable(store, claimed(store), "--save_interval=auto", clock=lambda: now) as kept:
+        now = expected - 2
+        assert not kept.flags().save_due
+        now = expected + 2
         assert kept.flags().save_due
 
 

@@ -104,7 +104,9 @@ def test_a_program_that_asks_for_it_is_started_again_and_a_complete_run_ends() -
     assert start.at == [0.0, 5.0, 30.0]
 
 
-@pytest.mark.parametrize(("code", "why"), [(78, "change something first"), (1, "a defect")])
+@pytest.mark.parametrize(
+    ("code", "why"), [(78, "change something first"), (76, "another job"), (1, "a defect")]
+)
 def test_an_error_that_no_restart_helps_ends_it(code: int, why: str) -> None:
     time = Time()
     with pytest.raises(ConfigurationError, match=f"exit code {code} .{why}"):
@@ -125,10 +127,10 @@ def test_who_is_interrupted_leaves_no_program_behind() -> None:
     assert fake.killed
 
 
-@pytest.mark.parametrize("compress", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("compress", [0.0, -1.0, float("nan"), float("inf")])
 def test_time_is_compressed_by_a_number_above_0(compress: float) -> None:
     time = Time()
-    with pytest.raises(ConfigurationError, match="--compress must be above 0"):
+    with pytest.raises(ConfigurationError, match="--compress must be a number above 0"):
         replayed(time, Started(time), compress=compress)
 
 

@@ -2,6 +2,7 @@
 
 import re
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -63,6 +64,27 @@ def test_what_has_not_ended_by_the_deadline_is_killed() -> None:
         assert program.end() == 75
         assert program.left() == 0
         assert "the grace is over: what has not ended is killed" in program.output()
+
+
+def test_what_a_shell_began_before_it_became_the_supervisor_lives_on() -> None:
+    shell = ("sh", "-c", 'sleep 1000 & echo began $!; exec "$@"', "sh")
+    with Supervised(1, "orphan,exit=75/orphan", prefix=shell) as program:
+        before = program.pidfd(int(program.line("began").rpartition(" ")[2]))
+        orphans = [int(program.line("orphan").rpartition(" ")[2]) for _ in range(2)]
+        assert program.end_of_supervisor() == 0
+        assert not any(Path(f"/proc/{orphan}").exists() for orphan in orphans)
+        signal.pidfd_send_signal(before, signal.SIGKILL)  # which fails once it has ended
+
+
+def test_a_deadline_that_cannot_be_written_keeps_no_rank_from_saving() -> None:
+    starts = f"{READY},wait,say=saved,exit=75"
+    with Supervised(2, starts, "--grace_seconds=60", control="fake-full-disk") as program:
+        for _ in range(2):
+            program.pid_of("ready")
+        program.send(signal.SIGTERM)
+        assert program.end() == 75
+        assert program.output().count("saved") == 2
+        assert "the ranks go by their own --grace_seconds: " in program.output()
 
 
 def test_a_second_signal_ends_everything_at_once() -> None:

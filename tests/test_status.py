@@ -157,3 +157,16 @@ def test_what_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main([str(tmp_path / "none")]) == 78
     assert "holds no run" in capsys.readouterr().err
     assert status_module._duration(3725) == "1:02:05"
+
+
+@pytest.mark.parametrize("number", ["NaN", "1e999", "9" * 400])
+def test_heartbeats_with_numbers_that_are_none_are_left_out(
+    store: LocalStore, number: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(store)
+    parts = json.dumps(dict.fromkeys(PARTS, 0))
+    beat = '{"loss": %s, "time": {"now": %s, "reached": 0, "parts": %s}}'
+    store.put("beats/g0001.json", (beat % (number, number, parts)).encode())
+    assert main([str(store.root), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["loss"], found["beat_age_seconds"]) == (None, None)

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -201,6 +202,7 @@ def test_torchrun_takes_the_users_own_values() -> None:
         (["--"], "expected `--` and torchrun's arguments"),
         (["--no_such_flag", "--", "x"], "Unrecognized options: --no_such_flag"),
         (["--grace_seconds=-1", "--", "x"], "grace_seconds must be a number from 0"),
+        (["--metadata_url=169.254.169.254", "--", "x"], "metadata_url must begin with http"),
         (["--health_port=70000", "--", "x"], "health_port must be from 0 to 65535; got 70000"),
     ],
 )
@@ -210,6 +212,18 @@ def test_bad_arguments_are_one_line_and_78(
     assert main(arguments) == PERMANENT
     shown = capsys.readouterr().err
     assert said in shown and shown.count("\n") == 1
+
+
+def test_a_temporary_folder_that_takes_no_socket_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    for folder in (long, tmp_path / "nowhere"):
+        monkeypatch.setattr(tempfile, "tempdir", str(folder))
+        assert main(["--metadata=none", "--", "1", "say=hello"]) == 78
+        said = capsys.readouterr().err
+        assert said.startswith("error: the temporary folder must take") and said.count("\n") == 1
 
 
 def test_help_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:

@@ -214,5 +214,5 @@ def test_heartbeats_of_the_real_program_hold_a_ledger_that_adds_up(
     }
     assert beat["time"]["reached"] == 0
     assert beat["left"] is True and beat["step"] == 4
-    assert set(beat["saves"]) == {"count", "stalled_seconds", "durable_seconds"}
+    assert set(beat["saves"]) == {"count", "seconds", "stalled_seconds", "durable_seconds"}
     assert beat["saves"]["durable_seconds"] > 0

@@ -57,6 +57,15 @@ def test_signals_are_handled_before_torch_is_imported() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_a_rank_whose_supervisor_is_gone_trains_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANGEFLOW_SUPERVISOR", str(tmp_path / "gone"))
+    assert train_here("--run", tmp_path / "run") == 75
+    assert "the supervisor of this rank is gone" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_phases_come_in_order(tmp_path: Path, data: tuple[str, ...]) -> None:
     """These names are the contract of heartbeats, and of the tests that kill at them."""
     heard: list[tuple[str, int]] = []

@@ -42,9 +42,10 @@ def test_a_metadata_notice_and_a_signal_are_one_notice_that_becomes_more_urgent(
         assert not wake.insisted
 
 
-def test_a_notice_that_gives_less_than_the_grace_does_not_shorten_it() -> None:
+@pytest.mark.parametrize("seconds", [0.0, 3.0])
+def test_a_notice_that_gives_less_than_the_grace_does_not_shorten_it(seconds: float) -> None:
     with Wake(Seconds()) as wake:
-        wake.tell("the cloud", 0.0)
+        wake.tell("the cloud", seconds)
         assert wake.deadline(12.0) == 112.0
 
 

@@ -202,6 +202,7 @@ class Loop:
                 return False
             self._save_if_due(step, result.flags, last=last)
             if result.flags.edit and not last:
+                around.announce("edit")
                 self._batches = around.edited(position)
         return True
 

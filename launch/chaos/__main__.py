@@ -1,6 +1,7 @@
 """The command that plays scenarios against this installation."""
 
 import json
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ Exit codes: 0 when nothing was violated, 1 when something was or nothing could b
 arguments that cannot be used."""
 
 _VIOLATED = 1
+_SHOWN = 4
+"""Faults in the line of a result; the report has all."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,21 +126,23 @@ def _show(result: "Result") -> None:
 
     style = {"passed": "green", "failed": "bold red", "skipped": "yellow"}[result.outcome]
     line = Text(f"{result.outcome:8}", style=style)
-    told = result.why_skipped or "; ".join(result.faults)
+    more = f"; and {len(result.faults) - _SHOWN} more" if len(result.faults) > _SHOWN else ""
+    told = result.why_skipped or "; ".join(result.faults[:_SHOWN]) + more
     line.append(f"{result.scenario:28} {result.seconds:6.1f} s  {told}", style="default")
     console = Console(soft_wrap=True)
     console.print(line)
     for violation in result.violations:
         console.print(Text(f"         {violation}"))
     if result.violations:
-        console.print(Text(f"         kept in {result.folder}"))
+        console.print(Text(f"         seed {result.seed}; kept in {result.folder}"))
 
 
 def _chosen(arguments: Chaos) -> "list[Scenario]":
+    from launch.chaos.containers import CONTAINERS
     from launch.chaos.one_host import ONE_HOST
     from launch.chaos.several_hosts import SEVERAL_HOSTS
 
-    known = {scenario.name: scenario for scenario in (*ONE_HOST, *SEVERAL_HOSTS)}
+    known = {scenario.name: scenario for scenario in (*ONE_HOST, *SEVERAL_HOSTS, *CONTAINERS)}
     unknown = [name for name in arguments.scenario if name not in known]
     if unknown:
         raise ConfigurationError(
@@ -162,4 +167,5 @@ def _folder(out: str) -> Path:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as ^C: nothing is left behind
     sys.exit(main())

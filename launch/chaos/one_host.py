@@ -2,11 +2,13 @@
 
 import signal
 import time
+from pathlib import Path
 
 from checkpointing.history import history
+from launch.chaos.marked import Role
 from launch.chaos.scenarios import Scenario
 from launch.chaos.small_disk import small_disk
-from launch.chaos.trial import Place, Program, Role, Trial, Violation
+from launch.chaos.trial import Place, Program, Trial, Violation
 from launch.exit_codes import COMPLETE, FENCED, PERMANENT, START_AGAIN
 from storage.log import Log
 from storage.store import open_store
@@ -121,11 +123,26 @@ def _kill_supervisor(trial: Trial) -> None:
     trial.complete()
 
 
+def _kill_supervisor_early(trial: Trial) -> None:
+    """The rank cannot have asked to die with its parent yet."""
+    program = trial.start(stop=("import", 0))
+    place = program.stopped()
+    trial.fault("SIGKILL of the supervisor before its rank has imported anything")
+    program.signal(signal.SIGKILL)
+    program.end(-signal.SIGKILL)
+    program.gone("agent")
+    place.go_on()
+    program.gone()
+    if Path(trial.run).exists():
+        raise Violation("the rank has begun to train, and nobody minded it")
+    trial.complete()
+
+
 def _stop_rank(trial: Trial) -> None:
     """It has made steps: the limit is the one for a step."""
     program, place = _in_some_step(trial, world=2)
     trial.fault(f"SIGSTOP of rank 0 of 2 at step {place.step}")
-    program.says("hangs in phase 'micro_batch'")
+    program.says(" hangs in phase ")  # of this rank, or of the one that waits for it
     program.end(COMPLETE)
 
 
@@ -293,6 +310,11 @@ ONE_HOST = (
     Scenario(name="sigkill-agent", about="the supervisor's torchrun is killed", act=_kill_agent),
     Scenario(name="sigkill-torchrun", about="torchrun without a supervisor", act=_kill_torchrun),
     Scenario(name="sigkill-supervisor", about="nothing outlives it", act=_kill_supervisor),
+    Scenario(
+        name="sigkill-supervisor-start",
+        about="before a rank can die with it",
+        act=_kill_supervisor_early,
+    ),
     Scenario(name="sigstop-rank", about="a rank hangs in a step", act=_stop_rank),
     Scenario(name="sigstop-rank-start", about="a rank hangs in a start", act=_stop_rank_at_start),
     Scenario(name="sigstop-agent", about="torchrun hangs, its ranks do not", act=_stop_agent),

@@ -15,12 +15,14 @@ from typing import Literal
 from data_service.inputs import MemoryCorpus
 from data_service.preparation import prepare
 from data_service.tokenizer import make_tokenizer
+from launch.chaos.hosts import why_no_hosts
+from launch.chaos.small_memory import why_no_small_memory
 from launch.chaos.trial import SHAPE, WATCHED, Trial, Violation
 from launch.chaos.verdict import judge, reference
 from launch.exit_codes import COMPLETE
 from storage.store import open_store
 
-Need = Literal["root", "network", "cgroup", "mounts"]
+Need = Literal["root", "network", "cgroup", "mounts", "users"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,18 +146,13 @@ def _no_root() -> str:
     return "" if os.geteuid() == 0 else "it needs root"
 
 
-def _no_network() -> str:
-    return _refused("unshare", "--net", "ip", "link", "add", "lan", "type", "bridge")
-
-
 def _no_mounts() -> str:
     with tempfile.TemporaryDirectory() as folder:
         return _refused("unshare", "--mount", "mount", "-t", "tmpfs", "none", folder)
 
 
-def _no_cgroup() -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        return _refused("unshare", "--mount", "mount", "-t", "cgroup2", "none", folder)
+def _no_users() -> str:
+    return _refused("unshare", "--user", "--map-user=12345", "--map-group=12345", "true")
 
 
 def _refused(*command: str) -> str:
@@ -168,7 +165,8 @@ def _refused(*command: str) -> str:
 
 _WHY_NOT: dict[Need, Callable[[], str]] = {
     "root": _no_root,
-    "network": _no_network,
+    "network": why_no_hosts,
     "mounts": _no_mounts,
-    "cgroup": _no_cgroup,
+    "cgroup": why_no_small_memory,
+    "users": _no_users,
 }

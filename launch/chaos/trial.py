@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -12,8 +11,9 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Protocol
+from typing import Protocol
 
+from launch.chaos.marked import Role, described, living, own_number, role_of, state
 from launch.chaos.watched import VARIABLE
 from launch.exit_codes import COMPLETE
 
@@ -44,8 +44,6 @@ SHAPE = (
 )
 """A model that any machine trains in a second or two."""
 
-Role = Literal["supervisor", "agent", "rank"]
-
 
 class Violation(Exception):
     """What should not have happened, in words."""
@@ -60,7 +58,7 @@ class Host(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A rank that has stopped itself, by its process as this machine counts, after `step` steps."""
+    """Where rank 0 has stopped itself: after `step` steps. `pid` is as this machine counts."""
 
     pid: int
     step: int
@@ -99,17 +97,17 @@ class Program:
             )
         self.pid = self._process.pid
 
-    def phase(self, name: str, step: int = 0, *, rank: int = 0) -> Place:
-        """Make a rank stop when it next enters a phase, at this step or later; wait for it."""
-        self.stop(name, step, rank=rank)
+    def phase(self, name: str, step: int = 0) -> Place:
+        """Make rank 0 stop when it next enters a phase, at this step or later; wait for it."""
+        self.stop(name, step)
         return self.stopped()
 
-    def stop(self, name: str, step: int = 0, *, rank: int = 0) -> None:
-        """Ask a rank to stop there, without waiting for it."""
-        ask_to_stop(self.folder, name, step, rank=rank)
+    def stop(self, name: str, step: int = 0) -> None:
+        """Ask rank 0 to stop there, without waiting for it."""
+        ask_to_stop(self.folder, name, step)
 
     def stopped(self) -> Place:
-        """Wait until a rank has stopped where it was asked to."""
+        """Wait until rank 0 has stopped where it was asked to."""
         place = self.stopped_or_ended()
         if place is None:
             raise Violation(f"{self.folder.name} ended before a rank came to where it was to stop")
@@ -118,7 +116,7 @@ class Program:
     def stopped_or_ended(self) -> Place | None:
         """As `stopped`; None when the program ends instead."""
         found = self.folder / "stopped"
-        self._until(lambda: found.exists() or self.ended, "no rank came to where it was to stop")
+        self.wait_for(lambda: found.exists() or self.ended, "no rank came to where it was to stop")
         if not found.exists():
             return None
         number, step, how = found.read_text().split()
@@ -126,25 +124,25 @@ class Program:
         place: list[int] = []
 
         def stands() -> bool:
-            here = [pid for pid in self.processes() if _own_number(pid) == int(number)]
-            place[:] = [pid for pid in here if how == "hold" or _state(pid) == "T"]
+            here = [pid for pid in self.processes() if own_number(pid) == int(number)]
+            place[:] = [pid for pid in here if how == "hold" or state(pid) == "T"]
             return bool(place)
 
-        self._until(stands, "a rank said that it would stop, and did not")
+        self.wait_for(stands, "a rank said that it would stop, and did not")
         return Place(place[0], int(step))
 
     def says(self, text: str, times: int = 1) -> None:
         """Wait until this text has been printed so many times."""
-        self._until(lambda: self.output().count(text) >= times, f"it never said {text!r}")
+        self.wait_for(lambda: self.output().count(text) >= times, f"it never said {text!r}")
 
     def processes(self, role: Role | None = None) -> list[int]:
         """Those that live, as this machine counts; all, or those that are one thing."""
         found = living(self.folder)
-        return found if role is None else [pid for pid in found if _role(pid) == role]
+        return found if role is None else [pid for pid in found if role_of(pid) == role]
 
     def process(self, role: Role) -> int:
         """Wait for a process of this kind."""
-        self._until(lambda: bool(self.processes(role)), f"it never had a process as {role}")
+        self.wait_for(lambda: bool(self.processes(role)), f"it never had a process as {role}")
         return self.processes(role)[0]
 
     def signal(self, number: signal.Signals) -> None:
@@ -171,14 +169,14 @@ class Program:
         """What it has printed so far."""
         return (self.folder / "output.txt").read_text(errors="replace")
 
-    def gone(self) -> None:
-        """Wait until none of its processes lives; they may take a few seconds to end.
+    def gone(self, role: Role | None = None) -> None:
+        """Wait until none of its processes lives, or of these; they may take a few seconds to end.
 
         Looked at twice: one that begins another program has no environment for an instant.
         """
         end, empty = time.monotonic() + ORPHAN_SECONDS, 0
         while empty < 2:
-            left = self.processes()
+            left = self.processes(role)
             empty = 0 if left else empty + 1
             if left and time.monotonic() > end:
                 raise Violation(f"{self.folder.name} is over, and left behind {described(left)}")
@@ -189,7 +187,8 @@ class Program:
         self._process.kill()
         self._process.wait()
 
-    def _until(self, happened: Callable[[], bool], otherwise: str) -> None:
+    def wait_for(self, happened: Callable[[], bool], otherwise: str) -> None:
+        """Wait until something is so; that it is not when the program ends is a violation."""
         deadline = time.monotonic() + TIMEOUT_SECONDS
         while not happened():
             if self.ended and not happened():
@@ -313,64 +312,11 @@ class Trial:
         self.faults.append(words)
 
 
-def ask_to_stop(
-    folder: Path, phase: str, step: int = 0, *, rank: int = 0, how: str = "stop"
-) -> None:
-    """Ask a rank of the program in this folder to stop when it enters a phase.
+def ask_to_stop(folder: Path, phase: str, step: int = 0, how: str = "stop") -> None:
+    """Ask rank 0 of the program in this folder to stop when it enters a phase.
 
     With "hold" only the thread that enters it does, for good.
     """
     partial = folder / "stop.partial"
-    partial.write_text(f"{rank} {phase} {step} {how}")
+    partial.write_text(f"{phase} {step} {how}")
     partial.rename(folder / "stop")
-
-
-def living(folder: Path) -> list[int]:
-    """The processes of a trial or of one of its programs, as this machine counts."""
-    mark = rb"(^|\0)" + re.escape(f"{VARIABLE}={folder}".encode()) + rb"(/|\0|$)"
-    found = []
-    for place in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):
-            if re.search(mark, (place / "environ").read_bytes()):
-                found.append(int(place.name))
-    return sorted(pid for pid in found if _state(pid) not in ("Z", "X", ""))
-
-
-def described(pids: Sequence[int]) -> str:
-    """Processes, with the beginnings of their command lines."""
-    words = []
-    for pid in pids:
-        with suppress(OSError):
-            line = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
-            words.append(f"process {pid} ({line[:80]}...)")
-    return ", ".join(words)
-
-
-def _role(pid: int) -> Role | None:
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-    except OSError:
-        return None
-    if words[1:3] == ["-m", "launch.supervise"]:
-        return "supervisor"
-    if words[1:3] in (["-m", "launch.agent"], ["-m", "torch.distributed.run"]):
-        return "agent"
-    return "rank" if any(word.endswith(".py") for word in words[1:3]) else None
-
-
-def _state(pid: int) -> str:
-    """As /proc/<pid>/stat has it; "" when it has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return ""
-
-
-def _own_number(pid: int) -> int:
-    """The number by which a process knows itself; 0 when it has ended."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    found = re.search(r"^NSpid:.*?(\d+)$", status, re.MULTILINE)
-    return int(found[1]) if found else pid

@@ -1,10 +1,10 @@
 """The training program, which stops itself where a trial asks it to.
 
 Usage: watched.py TRAINING_ARGUMENTS..., with the folder of its trial in the environment. There a
-trial writes in `stop` the rank, the phase, the step, and "stop" or "hold"; the first process that
-comes so far takes the file away, and writes in `stopped` who it is and where. Then it sends itself
-SIGSTOP, or the thread that came there goes no further. The phases are those of the training
-program, with "import" before and "exit" after all of them.
+trial writes in `stop` a phase, a step, and "stop" or "hold"; the first rank 0 that comes so far
+takes the file away, and writes in `stopped` who it is and where. Then it sends itself SIGSTOP, or
+the thread that came there goes no further. The phases are those of the training program, with
+"import" before and "exit" after all of them.
 """
 
 import os
@@ -24,10 +24,10 @@ def stop_where_asked(phase: str, step: int) -> None:
     """Stop this thread, and the process with it, if that is asked for. For any thread."""
     folder = Path(os.environ[VARIABLE])
     try:
-        rank, asked, at_least, how = (folder / "stop").read_text().split()
+        asked, at_least, how = (folder / "stop").read_text().split()
     except FileNotFoundError:
         return
-    if (rank, asked) != (os.environ.get("RANK", "0"), phase) or step < int(at_least):
+    if os.environ.get("RANK", "0") != "0" or asked != phase or step < int(at_least):
         return
     try:
         (folder / "stop").unlink()
