@@ -114,7 +114,7 @@ def test_what_makes_no_sense_is_left_out(reports: Reports) -> None:
     ):
         stranger.send(data)
         assert heard(reports) == []
-    stranger.send(b'{"rank": 0, "pid": 5, "phase": "open", "step": 0}')
+    stranger.send(b'{"rank": 0, "local_rank": 0, "pid": 5, "phase": "open", "step": 0}')
     stranger.close()
     assert heard(reports) == [(0, "open", 0)]
 
