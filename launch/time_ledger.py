@@ -30,7 +30,7 @@ _LOOK_BACK = 10
 """Earlier starts whose heartbeats are looked for; one that lived for a second left one."""
 
 PART_OF = {
-    **dict.fromkeys(("open", "claim", "prepare"), "start"),
+    **dict.fromkeys(("rendezvous", "open", "claim", "prepare"), "start"),
     "restore": "restore",
     "step": "step",
     "wait_for_save": "save",

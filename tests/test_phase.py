@@ -12,7 +12,7 @@ ASIDE = {"save", "retire"}
 """Entered by the saving thread."""
 EXPORT = {"export"}
 """Of another program."""
-START = {"open", "claim", "prepare", "restore"}
+START = {"rendezvous", "open", "claim", "prepare", "restore"}
 """Before the first step: the limit of a start holds."""
 STEP = {"step", "micro_batch", "reduce", "update"}
 
