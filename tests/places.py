@@ -10,8 +10,8 @@ from pathlib import Path
 import fsspec.config
 import pytest
 
+from storage.fsspec_store import FsspecStore
 from storage.patience import Patience
-from storage.store import FsspecStore
 from tests.s3_server import ENVIRONMENT
 
 HASTY = Patience(

@@ -25,7 +25,7 @@ from data_service.timeline import Timeline
 from data_service.tokenizer import CharacterTokenizer
 from storage.canonical import canonical_json, sha256_hex
 from storage.errors import ConfigurationError, DataError
-from storage.store import FsspecStore
+from storage.fsspec_store import FsspecStore
 from tests.made_sources import (
     made_source,
     plan_of,

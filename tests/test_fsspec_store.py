@@ -13,9 +13,10 @@ import fsspec.config
 import pytest
 
 from storage.errors import ConfigurationError, StoreRefusedError, StoreUnavailableError
+from storage.fsspec_store import FsspecStore
 from storage.log import Draft, Log
 from storage.patience import Patience
-from storage.store import FsspecStore, open_store
+from storage.store import open_store
 from tests import gcs_server, s3_server
 from tests.gcs_server import GcsServer
 from tests.places import HASTY, opened, reached

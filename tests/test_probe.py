@@ -10,8 +10,9 @@ from gcp_storage_emulator.server import create_server
 
 from storage.contract import ObjectInfo
 from storage.errors import ConfigurationError, StoreUnavailableError
+from storage.fsspec_store import FsspecStore
 from storage.probe import examine, probe
-from storage.store import FsspecStore, LocalStore
+from storage.store import LocalStore
 from tests.faulty_store import Fault, FaultyStore, FlipByte, LoseResponse, Refuse
 from tests.places import drive, opened, reached
 
