@@ -7,9 +7,9 @@ Does not cover: bytes that have changed. Text is read by range, since comparing 
 would read it whole; training does compare.
 """
 
+import gc
 import itertools
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +24,7 @@ from data_service.shard_format import HEADER_BYTES, dtype_named, npy_header
 from data_service.source import Source
 from storage.commands import run_command
 from storage.display import print_table
+from storage.ending import end_process
 from storage.errors import ConfigurationError, DataError
 from storage.store import Store, open_store
 
@@ -260,4 +261,5 @@ def _cut(text: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    gc.disable()  # the program is over before there is anything to collect
+    end_process(main())

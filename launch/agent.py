@@ -6,8 +6,9 @@ Usage: python -m launch.agent SUPERVISOR_PID TORCHRUN_ARGUMENTS...
 import sys
 from collections.abc import Sequence
 
-from launch.exit_codes import COMPLETE, INTERNAL, PERMANENT, START_AGAIN, end_process
+from launch.exit_codes import COMPLETE, INTERNAL, PERMANENT, START_AGAIN
 from launch.minded import die_with_parent
+from storage.ending import end_process
 
 RANKS_FAILED = 1
 """torchrun's own: what the ranks have told the supervisor says more."""

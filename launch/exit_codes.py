@@ -1,11 +1,9 @@
 """Exit codes of training, and what is said of the error behind one."""
 
-import contextlib
-import os
 import re
 import sys
 import traceback
-from typing import Any, NoReturn
+from typing import Any
 
 from storage.errors import FencedError, RangeFlowError
 
@@ -61,18 +59,6 @@ def last_words(error: BaseException | None) -> dict[str, Any]:
     if own is not None:
         return {"error": own}
     return {"lost_a_peer": True} if error is not None and lost_a_peer(error) else {}
-
-
-def end_process(code: int) -> NoReturn:
-    """End this process now, once everything that it opened is closed; the last line of a program.
-
-    Taking apart an interpreter that has imported torch takes half a second (measured), and waits
-    for whatever hangs on another thread.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError):  # nobody reads it any more
-            stream.flush()
-    os._exit(code)
 
 
 def lost_a_peer(error: BaseException) -> bool:

@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from launch.exit_codes import COMPLETE, FENCED, FINAL, PERMANENT, START_AGAIN, end_process
+from launch.exit_codes import COMPLETE, FENCED, FINAL, PERMANENT, START_AGAIN
 from launch.wake import Wake
+from storage.ending import end_process
 from storage.errors import ConfigurationError, RunBusyError, StoreUnavailableError
 
 if TYPE_CHECKING:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 if __name__ == "__main__":  # torchrun runs this file, with `launch/` in front of the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.exit_codes import COMPLETE, START_AGAIN, end_process, exit_code, last_words
+from launch.exit_codes import COMPLETE, START_AGAIN, exit_code, last_words
 from launch.minded import die_with_parent, show_stacks_when_asked
 from launch.notice import Notice
 from launch.phase import Phase
 from launch.reporting import Reporter, deadline_file, reporter, started_by_torchrun
 from launch.time_ledger import TimeLedger, reached_before
+from storage.ending import end_process
 
 if TYPE_CHECKING:
     from checkpointing.save import TrainingState

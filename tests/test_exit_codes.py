@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import pytest
 
 import storage.errors
@@ -26,7 +22,6 @@ from storage.errors import (
     RunBusyError,
     StoreUnavailableError,
 )
-from tests.programs import ROOT, TIMEOUT_SECONDS
 
 
 def test_codes_are_those_that_the_supervisors_know() -> None:
@@ -120,25 +115,3 @@ def test_last_words_tell_only_errors_of_the_starts_own(
     error: BaseException | None, said: dict[str, object]
 ) -> None:
     assert last_words(error) == ({"error": said} if said else {})
-
-
-HANGING = """
-import runpy, sys, threading
-threading.Thread(target=threading.Event().wait).start()  # not a daemon: it would be waited for
-sys.argv = [sys.argv[1], *sys.argv[2:]]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
-
-
-@pytest.mark.parametrize("program", ["launch.train", "launch.supervise", "launch.agent"])
-def test_a_program_that_is_over_does_not_wait_for_a_thread_that_hangs(program: str) -> None:
-    parent = [str(os.getpid())] if program == "launch.agent" else []
-    done = subprocess.run(
-        [sys.executable, "-c", HANGING, program, *parent, "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "usage" in done.stdout  # a pipe, so it was flushed
