@@ -5,7 +5,6 @@ import os
 import random
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -151,28 +150,15 @@ class Judge:
 
     def _recorded(self, run: str) -> tuple[list[Any], int]:
         """From the run's log; a store that does not answer in time, or a notice, does without."""
+        from launch.beside import beside
         from launch.recorded_ends import recorded_ends
         from storage.store import open_store
 
-        found: list[tuple[list[Any], int]] = []
-        failed: list[Exception] = []
-
-        def read() -> None:
-            try:
-                found.append(recorded_ends(open_store(run)))
-            except Exception as error:
-                failed.append(error)
-
-        reader = threading.Thread(target=read, name="judge", daemon=True)
-        reader.start()
-        for _ in range(JUDGE_SECONDS * 20):
-            reader.join(1 / 20)
-            if not reader.is_alive() or self._noticed():
-                break
-        if not found:
-            why = str(failed[0]) if failed else "the store does not answer"
-            self._say(f"the run's log could not be read, so only starts from here count: {why}")
-        return found[0] if found else ([], 0)
+        try:
+            return beside(lambda: recorded_ends(open_store(run)), self._noticed, JUDGE_SECONDS)
+        except Exception as error:
+            self._say(f"the run's log could not be read, so only starts from here count: {error}")
+            return [], 0
 
 
 def say(text: str) -> None:
@@ -206,7 +192,8 @@ def supervise(
     arguments: Sequence[str], wake: Wake, command: Callable[[float, Sequence[str]], list[str]]
 ) -> int:
     """Assemble the parts, and mind the run."""
-    from launch.elastic import Elastic, for_several_hosts
+    from launch.beside import beside
+    from launch.elastic import Elastic, Joined, for_several_hosts
     from launch.health import Condition, Health
     from launch.metadata import NoticeWatch, clouds
     from launch.minded import adopt_orphans
@@ -253,13 +240,24 @@ def supervise(
             condition.ended(came)
             return came
 
+        def noticed() -> bool:
+            return wake.noticed
+
+        def outdated(elastic: Elastic, joined: Joined) -> str:
+            try:
+                return beside(lambda: elastic.outdated(joined), noticed)
+            except TimeoutError:
+                return ""
+
         def begun() -> "Outcome":
             joined = None
             if elastic is not None:
                 try:
-                    joined = elastic.join(wake.wait_out)
+                    joined = beside(lambda: elastic.join(wake.wait_out), noticed)
                 except (RunBusyError, StoreUnavailableError) as error:
                     return not_begun(str(error), busy=isinstance(error, RunBusyError))
+                except TimeoutError:
+                    joined = None
                 if joined is None:
                     return not_begun("a notice before the hosts met")
             came = Start(
@@ -269,18 +267,24 @@ def supervise(
                 limits,
                 say=say,
                 environment=joined.environment if joined else {},
-                outdated=partial(elastic.outdated, joined) if elastic and joined else None,
+                outdated=partial(outdated, elastic, joined) if elastic and joined else None,
                 looked=condition.looked,
             ).run()
-            if came.code == FENCED and elastic is not None and elastic.still_ours():
+            if came.code == FENCED and elastic is not None and still_ours(elastic):
                 return replace(came, code=START_AGAIN)  # the others went on without this host
             return came
 
+        def still_ours(elastic: Elastic) -> bool:
+            try:
+                return beside(elastic.still_ours, noticed)
+            except TimeoutError:
+                return True
+
         return mind(
             start,
-            Judge(say, lambda: wake.noticed),
+            Judge(say, noticed),
             wait=wake.wait_out,
-            noticed=lambda: wake.noticed,
+            noticed=noticed,
             say=say,
             backoff=Backoff(),
         )

@@ -7,12 +7,14 @@ is left out of it all.
 
 import os
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import launch.elastic
 import launch.hang
 import launch.reporting
 import launch.start
@@ -44,6 +46,12 @@ def run(control: str, arguments: list[str]) -> int:
         launch.reporting.Reports.begin = lambda reports: (
             begin(reports),
             Path(f"{reports.path}.deadline.partial").mkdir(exist_ok=True),
+        )
+    elif control == "fake-hanging-store":  # not broken: the hosts are looked for without an end
+        launch.elastic.for_several_hosts = lambda arguments: True
+        launch.elastic.Elastic.join = lambda elastic, pause: (
+            print("joining", flush=True),
+            threading.Event().wait(),
         )
     elif control == "fake-impatient":  # not broken: with less patience for an agent
         launch.start.LINGER_SECONDS = 0.1

@@ -109,7 +109,7 @@ def test_a_notice_while_the_log_is_read_is_not_kept_waiting(
     died = replace(FAILED, run=str(tmp_path), ended=replace(ENDED, in_order=False))
     assert judge(died) is None
     release.set()
-    assert "the store does not answer" in said[0]
+    assert "it does not answer" in said[0]
 
 
 def test_a_start_that_left_in_order_needs_no_judgement() -> None:
@@ -274,6 +274,14 @@ def test_another_owner_is_named_and_a_notice_ends_the_wait_for_it() -> None:
         assert "in use by generation 4 on host other, at step 7" in said
         program.send(signal.SIGTERM)
         assert program.end() == START_AGAIN
+
+
+def test_a_notice_while_a_store_hangs_is_heard_at_once() -> None:
+    with Supervised(1, "say=hello", control="fake-hanging-store") as supervised:
+        supervised.line("joining")
+        supervised.send(signal.SIGTERM)
+        assert supervised.end() == START_AGAIN
+        assert "a notice before the hosts met; exit code 75" in supervised.output()
 
 
 def test_a_notice_file_is_a_notice(tmp_path: Path) -> None:
