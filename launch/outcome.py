@@ -81,7 +81,9 @@ def _in_order(reports: Reports, status: int, several_hosts: bool) -> bool:
 
 
 def _words(said: Exit | None) -> str:
-    if said is not None and said.lost_a_peer:
+    if (
+        said is not None and said.lost_a_peer and said.kind != "HostLostError"
+    ):  # that is gloo's text
         return f"rank {said.rank} lost another process of the world"
     return (said.error or f"rank {said.rank} left with {said.code}") if said else ""
 
