@@ -89,29 +89,29 @@ def _main(folder: Path) -> None:
     lap(RESUME)
     found[MEMORY] = _peak_bytes()
 
-    for samples in SAMPLES:
-        found[step_figure("samples", samples)] = _batch_seconds(batches, samples)
-    for epoch in EPOCHS:
-        found[step_figure("epoch", epoch)] = _batch_seconds(
-            batches, (2 * epoch + 1) * sum(batches.windows().values()) // 2
-        )
-    print(json.dumps(found))
+    print(json.dumps({**found, **_batch_seconds(folder)}))
 
 
-def _batch_seconds(batches: Batches, samples: int) -> float:
-    """CPU time of a batch near a position: the mean over a round that verifies no new shard.
+def _batch_seconds(folder: Path) -> dict[str, float]:
+    """CPU time of a batch at each position: the mean over a round that verifies no new shard.
 
-    That is the cheapest round. A shard is verified once in a process, at 1.8 GB/s or so.
+    That is the cheapest round. A shard is verified once in a process, at 1.8 GB/s or so. Positions
+    take turns, so that a time in which the machine is slow is no position's own.
     """
-    step = samples // GLOBAL_BATCH_SIZE
-    means = []
+    epoch = sum(_batches(open_sources(folder / "data")).windows().values())
+    positions = {step_figure("samples", samples): samples for samples in SAMPLES}
+    positions |= {step_figure("epoch", number): (2 * number + 1) * epoch // 2 for number in EPOCHS}
+    steps = {figure: samples // GLOBAL_BATCH_SIZE for figure, samples in positions.items()}
+    batches = {figure: _batches(open_sources(folder / "data")) for figure in positions}
+    means: dict[str, list[float]] = {figure: [] for figure in positions}
     for _ in range(_ROUNDS):
-        before = time.process_time()
-        for _ in range(_ROUND_STEPS):
-            batches.batch(step)
-            step += 1
-        means.append((time.process_time() - before) / _ROUND_STEPS)
-    return min(means)
+        for figure, those in batches.items():
+            before = time.process_time()
+            for _ in range(_ROUND_STEPS):
+                those.batch(steps[figure])
+                steps[figure] += 1
+            means[figure].append((time.process_time() - before) / _ROUND_STEPS)
+    return {figure: min(of) for figure, of in means.items()}
 
 
 def _peak_bytes() -> float:
