@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from launch.chaos.trial import Trial, Violation
+from launch.chaos.watched import VARIABLE
 
 PROGRAM = """
 import threading
@@ -48,3 +49,18 @@ def test_another_rank_does_not_stop(trial: Trial) -> None:
         program = trial.start(words, stop=("step", 3), environment={"RANK": "1"})
         with pytest.raises(Violation, match="ended before a rank came to where it was to stop"):
             program.stopped()
+
+
+def test_what_a_rank_that_was_killed_has_not_done_is_asked_of_the_next(trial: Trial) -> None:
+    wait = (
+        "import os, pathlib, time\n"
+        f"stop = pathlib.Path(os.environ[{VARIABLE!r}], 'stop')\n"
+        "while not stop.exists(): time.sleep(0.01)\n"
+    )
+    with trial:
+        program = trial.start(trial.python("-c", wait + PROGRAM))
+        (program.folder / "stopped-999999999-4").write_text("step 3 stop")
+        place = program.stopped()
+        assert (place.pid, place.step) == (program.pid, 4)
+        place.go_on()
+        program.end(0)

@@ -115,21 +115,36 @@ class Program:
 
     def stopped_or_ended(self) -> Place | None:
         """As `stopped`; None when the program ends instead."""
-        found = self.folder / "stopped"
-        self.wait_for(lambda: found.exists() or self.ended, "no rank came to where it was to stop")
-        if not found.exists():
-            return None
-        number, step, how = found.read_text().split()
-        found.unlink()
-        place: list[int] = []
+        while True:
+            self.wait_for(
+                lambda: self._said() is not None or self.ended,
+                "no rank came to where it was to stop",
+            )
+            said = self._said()
+            if said is None:
+                return None
+            asked = said.read_text()
+            said.unlink()
+            _, number, step = said.name.split("-")
+            pid = self._standing(int(number), asked)
+            if pid is not None:
+                return Place(pid, int(step))
+            _ask(self.folder, asked)
+
+    def _said(self) -> Path | None:
+        """The request that a rank has taken."""
+        return next(self.folder.glob("stopped-*"), None)
+
+    def _standing(self, number: int, asked: str) -> int | None:
+        """The process that calls itself `number`, once it stands; None when it was killed first."""
+        found: list[int] = []
 
         def stands() -> bool:
-            here = [pid for pid in self.processes() if own_number(pid) == int(number)]
-            place[:] = [pid for pid in here if how == "hold" or state(pid) == "T"]
-            return bool(place)
+            found[:] = [pid for pid in self.processes() if own_number(pid) == number]
+            return not found or asked.endswith("hold") or state(found[0]) == "T"
 
         self.wait_for(stands, "a rank said that it would stop, and did not")
-        return Place(place[0], int(step))
+        return found[0] if found else None
 
     def says(self, text: str, times: int = 1) -> None:
         """Wait until this text has been printed so many times."""
@@ -317,6 +332,10 @@ def ask_to_stop(folder: Path, phase: str, step: int = 0, how: str = "stop") -> N
 
     With "hold" only the thread that enters it does, for good.
     """
+    _ask(folder, f"{phase} {step} {how}")
+
+
+def _ask(folder: Path, asked: str) -> None:
     partial = folder / "stop.partial"
-    partial.write_text(f"{phase} {step} {how}")
+    partial.write_text(asked)
     partial.rename(folder / "stop")

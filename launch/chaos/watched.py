@@ -2,9 +2,9 @@
 
 Usage: watched.py TRAINING_ARGUMENTS..., with the folder of its trial in the environment. There a
 trial writes in `stop` a phase, a step, and "stop" or "hold"; the first rank 0 that comes so far
-takes the file away, and writes in `stopped` who it is and where. Then it sends itself SIGSTOP, or
-the thread that came there goes no further. The phases are those of the training program, with
-"import" before and "exit" after all of them.
+renames the file to `stopped-PROCESS-STEP`. Then it sends itself SIGSTOP, or the thread that came
+there goes no further. The phases are those of the training program, with "import" before and "exit"
+after all of them.
 """
 
 import os
@@ -30,12 +30,9 @@ def stop_where_asked(phase: str, step: int) -> None:
     if os.environ.get("RANK", "0") != "0" or asked != phase or step < int(at_least):
         return
     try:
-        (folder / "stop").unlink()
+        (folder / "stop").rename(folder / f"stopped-{os.getpid()}-{step}")
     except FileNotFoundError:  # another thread or process was faster
         return
-    partial = folder / "stopped.partial"
-    partial.write_text(f"{os.getpid()} {step} {how}")
-    partial.rename(folder / "stopped")
     if how == "hold":
         threading.Event().wait()
     # To this thread, which then goes no further; the rest of the process stops with it.
