@@ -1,7 +1,7 @@
 """The checkpoint protocol: explored by a model, and the model held against the code.
 
-Covers: every order and every kill of the scenarios in `protocol_model`, one mutant for each rule,
-logs that the real code wrote, random logs, and real calls driven along traces of the model.
+Covers: every order and every kill of the scenarios in `protocol_scenarios`, one mutant for each
+rule, logs that the real code wrote, random logs, and real calls driven along traces of the model.
 Does not cover: time (that 30 s are enough for a writer to end), stores that lie, damaged objects.
 """
 
@@ -31,19 +31,10 @@ from checkpointing.retention import RetentionConfig, retire, sweep, victims
 from storage.errors import FencedError, StoreUnavailableError
 from storage.log import Draft, Log, Record
 from storage.store import LocalStore
-from tests.protocol_model import (
-    SCENARIOS,
-    Entry,
-    Explored,
-    Key,
-    Meaning,
-    Protocol,
-    Rules,
-    State,
-    Step,
-    explore,
-    meaning,
-)
+from tests.protocol_model import Entry, Key, Meaning, Rules, State, Step, meaning
+from tests.protocol_moves import Protocol
+from tests.protocol_scenarios import SCENARIOS
+from tests.protocol_search import Explored, explore
 
 # What the model shows.
 
