@@ -7,11 +7,18 @@ a preemption makes the run repeat.
 import math
 import statistics
 from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from checkpointing.history import History, Lifespan
+from checkpointing.history import History
 
 PRIOR_SECONDS = 3 * 3600.0
 """Before a run knows better: one preemption in three hours, which counts as one observation."""
+
+NEAR_SECONDS = 600.0
+OVERALL_WEIGHT = 2
+"""How far beyond twice its age an incarnation looks for what became of others, and how many
+interruptions at the overall rate count beside theirs: chosen by simulation (docs/benchmarks.md)."""
 
 GUESS_SECONDS = 1.0
 """What a save costs, before a run has made one."""
@@ -22,25 +29,56 @@ MINIMUM_SECONDS = 15.0
 """Where a save costs nothing, requests to the store and records in the log still do."""
 
 
-def mean_time_between_preemptions(past: History, now: float) -> float:
-    """Seconds that an incarnation of this run lives on average; `now` on the wall clock.
+@dataclass(frozen=True, slots=True)
+class Life:
+    """How long an incarnation lived, in seconds, and whether it was interrupted."""
 
-    The time lived by the newest 100 incarnations, over how many of them were interrupted: those
-    without an END that another generation followed, whatever stopped them. (For exponential
-    lifetimes this is the most likely mean; one that still lives adds its time, and no
-    interruption.) The prior counts as one interruption after three hours.
+    seconds: float
+    interrupted: bool
+
+
+def lives(past: History, now: float) -> tuple[list[Life], float]:
+    """The lives of this run's newest incarnations that are over, and the age of the one that lives.
+
+    `now` is on the wall clock. Interrupted are those without an END that another generation
+    followed, whatever stopped them.
 
     A life ends at the last record, not at the next CLAIM: the CLAIM has the clock of another host,
     and the wait for a new machine lies between. That is too short by half an interval on average,
     and errs towards more saves.
     """
-    lived, interruptions = PRIOR_SECONDS, 1
+    over, age = [], 0.0
     for lifespan in past.lifespans:
         alive = lifespan.generation == past.generation and not lifespan.ended
         until = now if alive else lifespan.last_sign_at
-        lived += max(0.0, until - lifespan.claimed_at)
-        interruptions += _was_interrupted(lifespan, past)
-    return lived / interruptions
+        seconds = max(0.0, until - lifespan.claimed_at)
+        if alive:
+            age = seconds
+        else:
+            interrupted = lifespan.generation < past.generation and not lifespan.ended
+            over.append(Life(seconds, interrupted))
+    return over, age
+
+
+def mean_time_to_preemption(over: Iterable[Life], age: float) -> float:
+    """Seconds that an incarnation of this age has left on average, if nothing changed with its age.
+
+    Machines are lost more often soon after they came (Kadupitiya, Jadhao and Sharma, "Modeling the
+    temporally constrained preemptions of transient cloud VMs", HPDC 2020). So this is the time
+    lived from this age to twice it and ten minutes, over the interruptions in it, beside two
+    interruptions at the rate of the whole run: the time of all lives over all interruptions, where
+    the prior counts as one after three hours. (For exponential lifetimes the time lived over the
+    interruptions is the most likely mean; a life that goes on adds its time, and none.)
+    """
+    lived, interruptions = PRIOR_SECONDS + age, 1
+    near, interruptions_near = 0.0, 0
+    until = 2 * age + NEAR_SECONDS
+    for life in over:
+        lived += life.seconds
+        interruptions += life.interrupted
+        near += max(0.0, min(life.seconds, until) - age)
+        interruptions_near += life.interrupted and age <= life.seconds < until
+    return (OVERALL_WEIGHT * lived / interruptions + near) / (OVERALL_WEIGHT + interruptions_near)
 
 
 def interval_seconds(
@@ -97,7 +135,3 @@ class SaveCost:
                 self.saves += 1
                 self.total_seconds += self.seconds
         self._saving = saving
-
-
-def _was_interrupted(lifespan: Lifespan, past: History) -> bool:
-    return lifespan.generation < past.generation and not lifespan.ended

@@ -21,7 +21,8 @@ from checkpointing.interval import (
     MINIMUM_SECONDS,
     SaveCost,
     interval_seconds,
-    mean_time_between_preemptions,
+    lives,
+    mean_time_to_preemption,
 )
 from checkpointing.naming import read_run
 from checkpointing.retention import RetentionConfig, retire
@@ -102,7 +103,7 @@ class Keeper:
         self._edits_taken: set[str] = set()
         self._lock = threading.Lock()
         self._past = history(incarnation.records if incarnation is not None else ())
-        self._mean_seconds = mean_time_between_preemptions(self._past, time.time())
+        self._mean_seconds = mean_time_to_preemption(*lives(self._past, time.time()))
         self._saver = Saver(
             store,
             incarnation,
@@ -324,7 +325,7 @@ class Keeper:
         incarnation = self._incarnation
         assert incarnation is not None, "rank 0 commits"
         self._past = history(incarnation.records)
-        self._mean_seconds = mean_time_between_preemptions(self._past, time.time())
+        self._mean_seconds = mean_time_to_preemption(*lives(self._past, time.time()))
         self._answer(lambda request: request.kind != STOP)
         retire(self._store, incarnation, self._config.retention, announce=self._phase.aside)
         incarnation.shorten(lambda: self._store.list("checkpoints/"))

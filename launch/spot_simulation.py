@@ -17,7 +17,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from checkpointing.history import MOST_LIFESPANS
-from checkpointing.interval import MINIMUM_SECONDS, PRIOR_SECONDS, interval_seconds
+from checkpointing.interval import (
+    MINIMUM_SECONDS,
+    Life,
+    interval_seconds,
+    mean_time_to_preemption,
+)
 from storage.errors import ConfigurationError
 
 Mode = Literal["single", "gang", "elastic"]
@@ -355,11 +360,10 @@ class _Run:
 
 
 class _Lives:
-    """How long incarnations live, as `mean_time_between_preemptions` has it of a run's log."""
+    """How long incarnations live, as a run's log tells it."""
 
     def __init__(self) -> None:
-        self._past: deque[int] = deque(maxlen=MOST_LIFESPANS - 1)
-        self._sum = 0
+        self._over: deque[Life] = deque(maxlen=MOST_LIFESPANS - 1)
         self._claimed: int | None = None
         self._last_sign = 0
 
@@ -373,18 +377,14 @@ class _Lives:
 
     def end(self) -> None:
         """It is over."""
-        if self._claimed is None:
-            return
-        if len(self._past) == self._past.maxlen:
-            self._sum -= self._past[0]
-        self._past.append(self._last_sign - self._claimed)
-        self._sum += self._past[-1]
-        self._claimed = None
+        if self._claimed is not None:
+            self._over.append(Life((self._last_sign - self._claimed) / _MICRO, interrupted=True))
+            self._claimed = None
 
     def mean_seconds(self, now: int) -> float:
-        """The mean, with the life that goes on and the prior."""
-        lived = self._sum + (0 if self._claimed is None else now - self._claimed)
-        return (PRIOR_SECONDS + lived / _MICRO) / (1 + len(self._past))
+        """Until the next preemption, for the life that goes on."""
+        age = 0 if self._claimed is None else now - self._claimed
+        return mean_time_to_preemption(self._over, age / _MICRO)
 
 
 def _scaled(parts: dict[str, int], available: int, nodes: int) -> dict[str, int]:

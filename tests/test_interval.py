@@ -10,12 +10,16 @@ from checkpointing.history import History, Lifespan
 from checkpointing.interval import (
     MAXIMUM_SECONDS,
     PRIOR_SECONDS,
+    Life,
     SaveCost,
     interval_seconds,
-    mean_time_between_preemptions,
+    lives,
+    mean_time_to_preemption,
 )
 
 HOUR = 3600.0
+LONG = 1e9
+"""An age at which no other incarnation is near."""
 costs = st.floats(0, 1e4)
 means = st.floats(1e-3, 1e9)
 
@@ -73,44 +77,77 @@ def test_what_is_no_measurement_is_refused(cost: float, mean: float) -> None:
         interval_seconds(cost, mean, minimum_seconds=1.0)
 
 
+def mean(past: History, now: float) -> float:
+    return mean_time_to_preemption(*lives(past, now))
+
+
 def test_a_run_that_knows_nothing_takes_the_prior() -> None:
-    assert mean_time_between_preemptions(History(), now=0.0) == PRIOR_SECONDS
-    assert mean_time_between_preemptions(lived(0.0), now=1000 * HOUR) == PRIOR_SECONDS
+    assert mean(History(), now=0.0) == PRIOR_SECONDS
+    assert mean(lived(0.0), now=1000 * HOUR) == PRIOR_SECONDS
 
 
 def test_the_time_lived_is_shared_among_interruptions() -> None:
     """Prior 3 h, then 1 h and 2 h interrupted, then alive for 6 h: 12 h in 3 interruptions."""
-    past = lived(1.0, 2.0, 0.5)
-    assert mean_time_between_preemptions(past, now=(3000 + 6) * HOUR) == 4 * HOUR
+    assert mean(lived(1.0, 2.0, 0.5), now=(3000 + 6) * HOUR) == 4 * HOUR
 
 
 def test_the_wait_for_a_machine_is_not_lived() -> None:
-    assert mean_time_between_preemptions(lived(1.0, 0.0), now=2000 * HOUR) == 2 * HOUR
+    over, age = lives(lived(1.0, 0.0), now=2000 * HOUR + 60)
+    assert (over, age) == ([Life(HOUR, interrupted=True)], 60.0)
 
 
 def test_an_incarnation_that_ended_was_not_interrupted() -> None:
-    past = lived(5.0, 4.0, ended=True)
-    assert mean_time_between_preemptions(past, now=9e9) == PRIOR_SECONDS + 9 * HOUR
+    over, age = lives(lived(5.0, 4.0, ended=True), now=9e9)
+    assert (over, age) == ([Life(5 * HOUR, False), Life(4 * HOUR, False)], 0.0)
+    assert mean_time_to_preemption(over, LONG) == PRIOR_SECONDS + 9 * HOUR + LONG
 
 
 def test_an_incarnation_whose_successors_claim_is_damaged_was_interrupted() -> None:
     past = History(generation=2, lifespans=lived(1.0).lifespans)
-    assert mean_time_between_preemptions(past, now=9e9) == 2 * HOUR
+    assert lives(past, now=9e9) == ([Life(HOUR, interrupted=True)], 0.0)
 
 
-@given(st.lists(st.floats(0, 100), min_size=1, max_size=20), st.floats(0, 100))
+def test_those_that_died_at_this_age_count_beside_the_overall_rate() -> None:
+    """Of 10 min, until 30: three lives passed 5, 20 and 20 min there, one was interrupted there.
+
+    Overall: 3 h and 10, 5, 15, 60 and 30 min with 4 interruptions: 75 min each, which counts twice.
+    """
+    over = [Life(60.0 * m, interrupted=m != 30) for m in (5, 15, 60, 30)]
+    near = 5 + 20 + 20
+    assert mean_time_to_preemption(over, 600.0) == 60 * (2 * 300 / 4 + near) / (2 + 1)
+
+
+def test_the_bounds_of_an_age_are_that_age_and_twice_it_and_ten_minutes() -> None:
+    def left(*seconds: float, age: float) -> float:
+        return mean_time_to_preemption([Life(s, interrupted=True) for s in seconds], age)
+
+    def rate(*seconds: float, age: float) -> float:
+        return (PRIOR_SECONDS + age + sum(seconds)) / (1 + len(seconds))
+
+    assert left(99.0, age=100.0) == rate(99.0, age=100.0), "it died before"
+    assert left(100.0, age=100.0) == pytest.approx(2 * rate(100.0, age=100.0) / 3)
+    assert left(799.0, age=100.0) == pytest.approx((2 * rate(799.0, age=100.0) + 699) / 3)
+    assert left(800.0, age=100.0) == pytest.approx((2 * rate(800.0, age=100.0) + 700) / 2)
+
+
+def test_saves_become_rarer_as_a_machine_outlives_the_others() -> None:
+    """Nineteen lives of three minutes and one of ten hours."""
+    over = [Life(180.0, interrupted=True)] * 19 + [Life(10 * HOUR, interrupted=True)]
+    at = [mean_time_to_preemption(over, age) for age in (0.0, 200.0, HOUR)]
+    assert at[0] < at[1] / 4 and at[1] < at[2]
+
+
+@given(st.lists(st.floats(0, 1e5), max_size=20), st.floats(0, 1e5))
 def test_each_interruption_without_life_makes_the_mean_shorter(
-    hours: list[float], age: float
+    seconds: list[float], age: float
 ) -> None:
-    generation = len(hours) + 1
-    before = mean_time_between_preemptions(lived(*hours, 0), now=(1000 * generation + age) * HOUR)
-    worse = lived(*hours, 0, 0)
-    after = mean_time_between_preemptions(worse, now=1000 * (generation + 1) * HOUR)
-    assert after < before
+    over = [Life(s, interrupted=True) for s in seconds]
+    worse = [*over, Life(0.0, interrupted=True)]
+    assert mean_time_to_preemption(worse, age) < mean_time_to_preemption(over, age)
 
 
 def test_a_clock_set_back_takes_nothing_away() -> None:
-    assert mean_time_between_preemptions(lived(0.0), now=0.0) == PRIOR_SECONDS
+    assert mean(lived(0.0), now=0.0) == PRIOR_SECONDS
 
 
 def test_a_save_costs_what_it_adds_to_the_steps_beside_it() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from checkpointing.history import History, Lifespan
-from checkpointing.interval import mean_time_between_preemptions
+from checkpointing.interval import Life, lives, mean_time_to_preemption
 from launch import spot_simulation
 from launch.spot_simulation import (
     MODES,
@@ -279,29 +279,31 @@ def test_it_agrees_with_a_simulation_second_by_second(
     assert found == second_by_second(stretches, of, interval)
 
 
-@given(st.lists(st.floats(0, 40_000), max_size=150), st.floats(0, 9000))
-def test_the_mean_between_losses_is_that_of_the_run_s_log(
-    lifetimes: list[float], alive: float
-) -> None:
-    lives = spot_simulation._Lives()
+@given(st.lists(st.integers(0, 40_000), max_size=150), st.integers(0, 9000))
+def test_the_mean_between_losses_is_that_of_the_run_s_log(lifetimes: list[int], alive: int) -> None:
+    simulated = spot_simulation._Lives()
     spans = []
     for generation, lifetime in enumerate([*lifetimes, alive], start=1):
-        lives.begin(0)
-        lives.sign(round(lifetime * SECOND))
+        simulated.begin(0)
+        simulated.sign(round(lifetime * SECOND))
         if generation <= len(lifetimes):
-            lives.end()
+            simulated.end()
         spans.append(Lifespan(generation=generation, claimed_at=0.0, last_sign_at=lifetime))
     past = History(generation=len(spans), lifespans=tuple(spans[-100:]))
-    expected = mean_time_between_preemptions(past, now=alive)
-    assert lives.mean_seconds(round(alive * SECOND)) == pytest.approx(expected, rel=1e-6)
+    expected = mean_time_to_preemption(*lives(past, now=alive))
+    assert simulated.mean_seconds(round(alive * SECOND)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_run_that_lived_for_long_saves_more_rarely() -> None:
-    """A mean of three hours and four lives of two: 66 s between saves with a cost of 0.25 s."""
+def test_saves_follow_the_lives_so_far_and_the_age_of_this_one() -> None:
+    """Five lives of two hours, a cost of 0.25 s; the expectation integrates over their ages."""
     policy = Policy(name="auto", costs=costs(1, 0.25, 1, 0))
     short = simulate(runs(*[7200, 60] * 5), policy, nodes=1)
-    mean = [(3 + 2 * n + 1) * 3600 / (1 + n) for n in range(5)]  # in the middle of each life
-    expected = sum(7200 / math.sqrt(2 * 0.25 * seconds) for seconds in mean)
+    means = [
+        mean_time_to_preemption([Life(7200.0, interrupted=True)] * n, age)
+        for n in range(5)
+        for age in range(30, 7200, 60)
+    ]
+    expected = sum(60 / math.sqrt(2 * 0.25 * seconds) for seconds in means)
     assert short.saves == pytest.approx(expected, rel=0.05)
 
 
