@@ -90,8 +90,10 @@ def main(folder: Path, corpus: Path, steps: int) -> None:
             "committed": manager.current_step() > before,
             "replicas": manager.num_participants(),
         }
-        print(json.dumps(told), flush=True)
-    print("complete", flush=True)
+        sys.stdout.write(f"{json.dumps(told)}\n")  # in one piece: others write there too
+        sys.stdout.flush()
+    sys.stdout.write("complete\n")
+    sys.stdout.flush()
     os._exit(0)
 
 

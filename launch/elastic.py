@@ -60,16 +60,8 @@ class Elastic:
         found out.
         """
         address = self._given_address or own_address()
-        self._membership = Membership(
-            self._store,
-            job=self._job,
-            address=address,
-            host=socket.gethostname(),
-            owner=Watch(self._store),
-            reach=reached,
-            free_port=free_port,
-            say=self._say,
-        )
+        if self._membership is None or self._membership.address != address:
+            self._membership = self._member(address)
         found = self._membership.join(pause)
         if found is None:
             return None
@@ -89,6 +81,18 @@ class Elastic:
             ),
             environment={VARIABLE: str(place.number)}
             | ({"GLOO_SOCKET_IFNAME": interface} if interface else {}),
+        )
+
+    def _member(self, address: str) -> Membership:
+        return Membership(
+            self._store,
+            job=self._job,
+            address=address,
+            host=socket.gethostname(),
+            owner=Watch(self._store),
+            reach=reached,
+            free_port=free_port,
+            say=self._say,
         )
 
     def outdated(self, joined: Joined) -> str:

@@ -46,6 +46,8 @@ NEW_PLACE_SECONDS = 60.0
 """The same for a place that was made since: whoever made it lives, so it may be this host that is
 cut off. Doubled with each such place, or slow machines would never come together."""
 _MOST_DOUBLINGS = 4
+_LOOKING_SECONDS = 30.0
+"""Looks further apart than this tell nothing of the time between them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -146,7 +148,10 @@ class Watch:
 
 
 class Membership:
-    """This host's part in the agreement. `job` must be the same on all hosts of a job."""
+    """This host's part in the agreement. `job` must be the same on all hosts of a job.
+
+    Use one for all starts: what was seen while an agent waited in vain need not be seen again.
+    """
 
     def __init__(
         self,
@@ -163,7 +168,7 @@ class Membership:
     ) -> None:
         self._store = store
         self._job = job
-        self._address = address
+        self.address = address
         self._host = host
         self._owner = owner
         self._reach = reach
@@ -171,7 +176,8 @@ class Membership:
         self._clock = clock
         self._say = say
         self._places: dict[int, Place] = {}
-        self._unreachable: tuple[int, Reach, float] | None = None
+        self._unreachable: tuple[int, Reach] | None = None
+        self._unreachable_since = self._looked_at = clock()
         self._told = ""
 
     def look(self) -> tuple[Place, bool] | None:
@@ -197,7 +203,7 @@ class Membership:
             return None
         place = self._places[number]
         reach = self._reach(place.address, place.port)
-        mine = place.address == self._address
+        mine = place.address == self.address
         seconds = self._seconds_unreachable(number, reach)
         verdict = judge(
             reach,
@@ -245,7 +251,7 @@ class Membership:
             and self._reach(newest.address, newest.port) is not Reach.SILENT
         ):
             return f"the hosts meet at another place than number {place.number}"
-        if place.address == self._address:
+        if place.address == self.address:
             return ""
         reach = self._reach(place.address, place.port)
         if self._seconds_unreachable(place.number, reach) < PATIENCE_SECONDS[Reach.SILENT]:
@@ -260,7 +266,7 @@ class Membership:
 
     def _create(self, number: int) -> None:
         """Make the next place, here. Who loses the race reads who won."""
-        place = Place(number=number, address=self._address, port=self._free_port(), host=self._host)
+        place = Place(number=number, address=self.address, port=self._free_port(), host=self._host)
         self._store.put_if_absent(_key(number), canonical_json(asdict(place)))
         self._unreachable = None
 
@@ -274,9 +280,12 @@ class Membership:
         if reach is Reach.OPEN:
             self._unreachable = None
             return 0.0
-        if self._unreachable is None or self._unreachable[:2] != (number, reach):
-            self._unreachable = (number, reach, self._clock())
-        return self._clock() - self._unreachable[2]
+        now = self._clock()
+        unbroken = now - self._looked_at <= _LOOKING_SECONDS
+        if self._unreachable != (number, reach) or not unbroken:
+            self._unreachable, self._unreachable_since = (number, reach), now
+        self._looked_at = now
+        return now - self._unreachable_since
 
     def _wait(self, why: str) -> None:
         """Say once what is waited for."""

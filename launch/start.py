@@ -23,7 +23,7 @@ STACKS_SECONDS = 2.0
 KILL_SECONDS = 30.0
 LINGER_SECONDS = 60.0
 """How long torchrun may go on when all its ranks have said their last word."""
-OUTDATED_SECONDS = 5.0
+OUTDATED_SECONDS = 3.0
 """How often it is asked, while no rank lives, whether torchrun waits in vain for other hosts."""
 
 

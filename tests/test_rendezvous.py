@@ -203,11 +203,11 @@ class Cluster:
         assert host.place is not None and host.membership is not None
         if world is not None and world.ended is None and host.number in world.members:
             return
-        if (self.now - host.agent_since) % 5 == 0 and host.membership.outdated(host.place):
+        if (self.now - host.agent_since) % 3 == 0 and host.membership.outdated(host.place):
             self._end_agent(host)
 
     def _end_agent(self, host: Host) -> None:
-        host.place, host.holds, host.membership = None, False, None
+        host.place, host.holds = None, False
         host.looks_at = self.now + self.random.uniform(1, 3)
 
     def _meeting(self) -> dict[int, list[Host]]:
