@@ -64,9 +64,12 @@ def outcome(
     )
 
 
-def not_begun(cause: str, *, run: str = "", busy: bool = False) -> Outcome:
-    """A start that trained nothing, through no fault of its own: it is to start again."""
-    ended = Ended(generation=0, phase="torchrun", step=0, reached=0, error="", in_order=True)
+def not_begun(cause: str, *, run: str = "", reached: int = 0, busy: bool = False) -> Outcome:
+    """An agent that waited for a world in vain: it is to start again.
+
+    `reached` is the highest step of the worlds that it was part of before, if it was.
+    """
+    ended = Ended(generation=0, phase="torchrun", step=0, reached=reached, error="", in_order=True)
     return Outcome(code=START_AGAIN, cause=cause, ended=ended, run=run, busy=busy)
 
 

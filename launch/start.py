@@ -108,7 +108,7 @@ class Start:
                 "needs a restart"
             )
         if vain:
-            return not_begun(vain, run=self._reports.run)
+            return not_begun(vain, run=self._reports.run, reached=self._reports.highest_step)
         status = ended.get(agent, -signal.SIGKILL)
         return outcome(
             self._reports,

@@ -420,6 +420,43 @@ def test_an_agent_waits_in_vain_when_a_newer_place_counts_or_its_own_is_gone(alo
     assert "another place than number 1" in member.outdated(found[0])
 
 
+def test_what_was_seen_while_the_agent_waited_need_not_be_seen_again(alone: Alone) -> None:
+    """The silence of the place counts while the owner may live, and for the next meeting."""
+    alone.member("a").join(alone.pause)
+    alone.answer = Reach.OPEN
+    member = alone.member("b")
+    found = member.join(alone.pause)
+    assert found is not None
+    alone.answer = Reach.SILENT
+    alone.seen = Owner(generation=1, job="j", place=1, live=True)
+    assert member.outdated(found[0]) == ""
+    alone.now += 6.0
+    assert member.outdated(found[0]) == "", "its owner may live"
+    alone.seen = Owner(generation=1, job="j", place=1, live=False)
+    assert "does not answer" in member.outdated(found[0])
+    assert member.look() is None
+    found = member.look()
+    assert found is not None and (found[0].number, found[0].address) == (2, "b")
+
+
+def test_a_silence_of_long_ago_says_nothing_of_now(alone: Alone) -> None:
+    alone.member("a").join(alone.pause)
+    alone.answer = Reach.OPEN
+    member = alone.member("b")
+    found = member.join(alone.pause)
+    assert found is not None
+    alone.answer = Reach.SILENT
+    assert member.outdated(found[0]) == ""
+    alone.now += 3600.0
+    alone.seen = Owner(generation=1, job="j", place=1, live=False)
+    begun = alone.now
+    assert member.outdated(found[0]) == "" and member.look() is None
+    alone.now += 5.0
+    assert member.look() is None and len(alone.store.list("rendezvous/")) == 1
+    alone.now = begun + 6.0
+    assert member.look() is None and len(alone.store.list("rendezvous/")) == 2
+
+
 def test_a_damaged_place_is_one_that_does_not_answer(alone: Alone) -> None:
     alone.store.put("rendezvous/0000000001.json", b"{")
     found = alone.member("a").join(alone.pause)

@@ -16,7 +16,7 @@ import pytest
 import launch.recorded_ends
 from launch.crash_loop import Ended
 from launch.exit_codes import COMPLETE, FENCED, INTERNAL, PERMANENT, START_AGAIN
-from launch.outcome import Outcome
+from launch.outcome import Outcome, not_begun
 from launch.supervise import (
     BUSY_WAIT_SECONDS,
     LONGEST_WAIT_SECONDS,
@@ -140,6 +140,12 @@ def test_after_progress_nothing_is_waited_for_and_then_twice_as_long_each_time()
 
 def test_a_start_that_never_made_a_step_is_not_started_again_at_once() -> None:
     assert Backoff(lambda low, high: low).after(STUCK) == 0.5
+
+
+def test_a_wait_for_hosts_in_vain_after_a_world_that_trained_is_progress() -> None:
+    backoff = Backoff(lambda low, high: high)
+    waits = [backoff.after(not_begun("gone", reached=r)) for r in (0, 0, 7, 7, 9)]
+    assert waits == [1.0, 2.0, 0.0, 1.0, 0.0]
 
 
 def test_waits_have_jitter() -> None:
