@@ -2,11 +2,12 @@
 
 Two parts:
 
-- restart: the real program (preset `tiny`) is killed with SIGKILL in the middle of training; from
-  the start of the next process to its first step. On the same host the dead process is proved to
-  be gone. On another one its heartbeats tell: at once after the kill they are waited for; later the
-  store's clock shows that none came. A new PID namespace counts as another host (needs root). In
-  the traces a machine is away for 32 s at least, so that the last of these figures counts;
+- restart: the real program below its supervisor (preset `tiny`) is killed with SIGKILL in the
+  middle of training; from the start of the next supervisor to the first step. On the same host the
+  dead process is proved to be gone. On another one its heartbeats tell: at once after the kill they
+  are waited for; later the store's clock shows that none came. A new PID namespace counts as
+  another host (needs root). In the traces a machine is away for 32 s at least, so that the last of
+  these figures counts;
 - traces: a simulation of every trace in a folder, in microseconds, without any notice. What a save
   costs is what benchmarks/checkpoint.py measured of the state of GPT-2 124M; see --help.
 
@@ -187,7 +188,7 @@ def claims(rows: Sequence[Row]) -> list[Claim]:
 
 
 def restarts(folder: Path, repeats: int) -> list[Row]:
-    """Seconds from the start of a process to its first step, after a kill."""
+    """Seconds from the start of a supervisor to the first step of its rank, after a kill."""
     waits = {SAME_HOST: 0.0, AT_ONCE: 0.0, LATER: SILENT_SECONDS}
     if not _may_make_namespaces():
         raise SystemExit("a restart on another host needs PID namespaces; give --restart_seconds")
@@ -212,11 +213,13 @@ def _may_make_namespaces() -> bool:
 
 def _until_step(run: Path, prefix: Sequence[str], *, beyond: int) -> float:
     """Train, and kill at the first step after `beyond`: the seconds that it took until there."""
-    command = [*prefix, sys.executable, str(_ROOT / "launch" / "train.py"), "--run", str(run)]
+    supervised = [sys.executable, "-m", "launch.supervise", "--metadata=none", "--"]
+    torchrun = ["--standalone", "--nproc_per_node=1", "launch/train.py", "--run", str(run)]
     often = ["--log_interval_steps=1", "--save_interval_steps=20", "--max_steps=100000"]
     begun = time.monotonic()
     with subprocess.Popen(
-        [*command, *often, "--eval_interval_steps=0"],
+        [*prefix, *supervised, *torchrun, *often, "--eval_interval_steps=0"],
+        cwd=_ROOT,
         stderr=subprocess.STDOUT,
         stdout=subprocess.PIPE,
         text=True,
