@@ -12,6 +12,7 @@ does not reach the place of a live run waits.
 """
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -19,8 +20,9 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from checkpointing.beats import BEAT_SECONDS, read_beat
+from checkpointing.beats import BEAT_SECONDS, read_beat, silent_seconds
 from checkpointing.history import history
+from checkpointing.incarnation import SILENT_SECONDS
 from checkpointing.owner import provably_gone
 from storage.canonical import canonical_json
 from storage.errors import RunBusyError
@@ -131,6 +133,8 @@ class Watch:
         if past.generation != self._generation:
             self._heard = self._generation > 0  # it has claimed the run before our eyes
             self._generation, self._beat, self._news = past.generation, beat, self._clock()
+            if beat and silent_seconds(self._store, past.generation) >= SILENT_SECONDS:
+                self._news = -math.inf
         elif beat != self._beat:
             self._beat, self._heard, self._news = beat, True, self._clock()
         body = past.claim.body if past.claim is not None else {}

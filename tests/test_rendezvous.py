@@ -1,16 +1,19 @@
 """Hosts that are cut off, killed and started at random come together at one place again."""
 
+import os
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
 from checkpointing.beats import BEAT_SECONDS, Beats
-from checkpointing.incarnation import claim_run
+from checkpointing.incarnation import SILENT_SECONDS, claim_run
 from launch.rendezvous import (
     Membership,
     Owner,
@@ -463,8 +466,8 @@ def test_a_damaged_place_is_one_that_does_not_answer(alone: Alone) -> None:
     assert found is not None and found[0].number == 2
 
 
-def test_a_watch_judges_as_a_claimant_would(tmp_path: object) -> None:
-    store, now = LocalStore(tmp_path / "run"), [0.0]  # type: ignore[operator]
+def test_a_watch_judges_as_a_claimant_would(tmp_path: Path) -> None:
+    store, now = LocalStore(tmp_path / "run"), [0.0]
     assert Watch(store)() is None
     claim = {"job": "j", "rendezvous": 3}
     owner = claim_run(store, Log(store), body=claim, take_over=True)
@@ -490,3 +493,17 @@ def test_a_watch_judges_as_a_claimant_would(tmp_path: object) -> None:
     claim_run(store, Log(store), body={}, take_over=True)
     seen = watch()
     assert seen is not None and (seen.generation, seen.live, seen.place) == (2, True, 0)
+
+
+def test_a_watch_that_finds_a_beat_of_long_ago_waits_for_no_other(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "run")
+    owner = claim_run(store, Log(store), body={}, take_over=True)
+    Beats(store, owner, lambda: ("step", 5))._beat()
+    (beat,) = (tmp_path / "run" / "beats").glob("*")
+    ago = time.time() - SILENT_SECONDS
+    os.utime(beat, (ago + 5, ago + 5))
+    seen = Watch(store)()
+    assert seen is not None and seen.live is None
+    os.utime(beat, (ago, ago))
+    seen = Watch(store)()
+    assert seen is not None and seen.live is False
