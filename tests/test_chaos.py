@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -71,7 +72,8 @@ def test_a_killed_save_is_survived(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_the_command_itself_leaves_nothing_behind(notice: signal.Signals, tmp_path: Path) -> None:
     out = tmp_path / "out"
     words = [sys.executable, "-m", "launch.chaos", "--scenario", "sigstop-rank", "--out", str(out)]
-    command = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    heard = partial(signal.signal, notice, signal.SIG_DFL)  # a shell's `pytest &` ignores SIGINT
+    command = subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     while len(living(out / "sigstop-rank-0")) < 3:
         assert command.poll() is None
         time.sleep(0.1)
