@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import signal
 import subprocess
@@ -13,8 +14,12 @@ from launch.chaos import __main__ as command
 from launch.chaos.__main__ import main
 from launch.chaos.marked import living
 from launch.chaos.scenarios import Scenario
+from launch.chaos.watched import VARIABLE
 from tests.forks import ROOT
 from tests.programs import final_digest
+
+STOPS_TRAINING = f"import os\nif {VARIABLE!r} in os.environ: os._exit(3)\n"
+"""Of the programs of trials: each ends before it begins."""
 
 
 @pytest.mark.parametrize(
@@ -77,7 +82,7 @@ def test_a_killed_rank_is_survived(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_an_installation_that_does_not_train_at_all_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "sitecustomize.py").write_text("import os; os._exit(3)")
+    (tmp_path / "sitecustomize.py").write_text(STOPS_TRAINING)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     out = tmp_path / "out"
     assert main(["--scenario", "sigint", "--scenario", "crash-loop", "--out", str(out)]) == 1
@@ -95,6 +100,17 @@ def test_a_folder_that_takes_nothing_is_told_in_a_line(tmp_path: Path) -> None:
     assert done.returncode == 78
     (line,) = done.stderr.splitlines()
     assert "must take the runs, some 10 MB, and a report: " in line
+
+
+def test_that_nobody_reads_the_results_is_no_violation(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "launch.chaos", "--scenario", "sigint", "--out", "out"]
+    (tmp_path / "sitecustomize.py").write_text(STOPS_TRAINING)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(words, cwd=tmp_path, env=environment, stdout=writer)
+    os.close(writer)
+    assert done.returncode == 141
 
 
 def test_a_temporary_folder_that_is_not_there_is_told_in_a_line(

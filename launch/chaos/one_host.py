@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from checkpointing.history import history
-from launch.chaos.marked import Role
+from launch.chaos.marked import Role, state
 from launch.chaos.scenarios import Scenario
 from launch.chaos.small_disk import small_disk
 from launch.chaos.trial import STEPS, Place, Program, Trial, Violation
@@ -168,15 +168,24 @@ def _stop_rank(trial: Trial) -> None:
     program, place = _in_some_step(trial, world=2)
     trial.fault(f"SIGSTOP of rank 0 of 2 at step {place.step}")
     program.says(" hangs in phase ")  # of this rank, or of the one that waits for it
+    _cleared_away(program, place)
     program.end(COMPLETE)
+
+
+def _cleared_away(program: Program, place: Place) -> None:
+    """Wait for the next start: nothing of the last one is left by then."""
+    program.says("; starting again")
+    if state(place.pid) not in ("", "Z"):
+        raise Violation("the next start begins, and the rank of the last that hung lives on")
 
 
 def _stop_rank_at_start(trial: Trial) -> None:
     phase = trial.random.choice(("rendezvous", "claim", "micro_batch"))
     program = _impatient(trial, stop=(phase, 0))
-    program.stopped()
+    place = program.stopped()
     trial.fault(f"SIGSTOP of the rank in phase {phase!r}, before its first step")
     program.says(f"hangs in phase {phase!r}")
+    _cleared_away(program, place)
     program.end(COMPLETE)
 
 
