@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.chaos.marked import described, living, own_number, role, role_of, state
+from launch.chaos.marked import described, living, own_number, pending, role, role_of, state
 from launch.chaos.trial import Trial
 
 
@@ -35,6 +35,17 @@ def test_state_and_own_number_are_those_of_the_process(trial: Trial) -> None:
     while state(program.pid) != "T":
         assert not program.ended
     assert own_number(program.pid) == program.pid
+
+
+def test_a_signal_that_a_stopped_process_has_not_taken_is_pending(trial: Trial) -> None:
+    program = trial.start(["sleep", "1000"])
+    program.signal(signal.SIGSTOP)
+    while state(program.pid) != "T":
+        assert not program.ended
+    assert not pending(program.pid, signal.SIGUSR1)
+    program.signal(signal.SIGUSR1)
+    assert pending(program.pid, signal.SIGUSR1) and not pending(program.pid, signal.SIGUSR2)
+    assert not pending(0, signal.SIGUSR1)
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,19 @@ def test_when_memory_runs_out_the_process_that_was_named_is_killed(memory: Small
         victim.communicate()
 
 
+def test_of_a_cgroup_whose_processes_were_just_killed_nothing_is_left() -> None:
+    if why_not := why_no_small_memory():
+        pytest.skip(why_not)
+    hold = "x = bytes(200 << 20); print('up', flush=True); import signal; signal.pause()"
+    with small_memory.small_memory() as made:
+        command = made.entering(sys.executable, "-c", hold)
+        holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert holder.stdout is not None and holder.stdout.readline() == "up\n"
+        holder.kill()
+    assert not made.folder.exists()
+    holder.communicate()
+
+
 def test_where_memory_cannot_be_limited_the_reason_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,11 +1,16 @@
 """One start below the supervisor, with real processes that stand for torchrun and its ranks."""
 
+import json
 import re
 import signal
 from pathlib import Path
+from socket import AF_UNIX, SOCK_DGRAM, socket
 
 import pytest
 
+from launch.reporting import Reports
+from launch.start import Limits, Start
+from launch.wake import Wake
 from tests.minding import Supervised, children
 
 READY = "step=3,say=ready"
@@ -160,6 +165,41 @@ def test_a_rank_that_is_stopped_is_killed_as_well() -> None:
             program.pid_of("ready")
         assert program.end() == 0
         assert program.left() == 0
+
+
+def test_a_world_that_is_made_anew_may_compile_again(tmp_path: Path) -> None:
+    """torchrun itself starts other ranks: how quick steps were before says nothing of theirs."""
+    now = 0.0
+    place = str(tmp_path / "reports")
+    limits = Limits(grace_seconds=1.0, start_seconds=1000.0)
+    told: list[str] = []
+
+    def look(seconds: float) -> str:
+        nonlocal now
+        for _ in range(int(seconds)):
+            now += 1.0
+            start._watch.hang()
+        start._hear()
+        return str(start._watch.hang() or "")
+
+    with Wake() as wake, Reports(place) as reports, socket(AF_UNIX, SOCK_DGRAM) as rank:
+        start = Start((), wake, reports, limits, say=told.append, clock=lambda: now)
+        rank.connect(place)
+
+        def say(pid: int, phase: str, step: int) -> None:
+            said = {"rank": 0, "pid": pid, "local_rank": 0, "phase": phase, "step": step}
+            rank.send(json.dumps(said).encode())
+
+        for step in range(5):
+            for phase in ("step", "micro_batch"):
+                say(100, phase, step)
+                assert look(1.0) == ""
+        say(200, "start", 0)
+        say(200, "step", 5)
+        say(200, "micro_batch", 5)
+        assert look(1.0) == ""
+        assert look(900.0) == "", "the first step of the second world"
+        assert look(200.0).startswith("rank 0 hangs in phase 'micro_batch' at step 5: no news for ")
 
 
 def test_the_environment_says_what_torchrun_needs_to_grow() -> None:

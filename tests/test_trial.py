@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from launch.chaos import trial as module
-from launch.chaos.trial import Trial, Violation
+from launch.chaos.trial import Place, Trial, Violation
 
 
 @pytest.fixture
@@ -70,6 +70,52 @@ def test_programs_run_elsewhere_by_what_enters_there(trial: Trial) -> None:
             ["sh", "-c", "echo $WHERE $MORE"], on=Elsewhere(), environment={"MORE": "so"}
         )
         program.says("elsewhere so")
+
+
+def test_a_program_has_no_devices_and_no_place_in_another_world(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "PET_NNODES"):
+        monkeypatch.setenv(name, "another")
+    monkeypatch.setenv("PYTHONPATH", "/somewhere")
+    with trial:
+        program = trial.start(["env"], environment={"PYTHONPATH": "/first"})
+        program.end(0)
+        said = program.output().splitlines()
+    assert f"PYTHONPATH=/first:{module.ROOT}:/somewhere" in said
+    assert "CUDA_VISIBLE_DEVICES=" in said
+    assert not [line for line in said if line.endswith("=another")]
+
+
+def test_temporary_files_of_programs_that_were_killed_are_removed(trial: Trial) -> None:
+    with trial:
+        program = trial.start(["sh", "-c", "mktemp -d; kill -9 $$"])
+        program.end(-signal.SIGKILL)
+        left = Path(program.output().strip())
+        assert left.is_dir()
+    assert not left.exists()
+
+
+def test_who_is_told_of_a_notice_by_its_supervisor_is_waited_for(trial: Trial) -> None:
+    """What stands for a supervisor passes SIGTERM on to the process that it is given."""
+    minds = "trap 'kill -USR1 $1; exit 75' TERM; echo minding; while :; do sleep 0.01; done"
+    with trial:
+        rank = trial.start(["sleep", "1000"])
+        rank.signal(signal.SIGSTOP)
+        supervisor = trial.start(["sh", "-c", minds, "sh", str(rank.pid)])
+        place = Place(rank.pid, 4)
+        supervisor.says("minding")
+        supervisor.processes = lambda role=None: [supervisor.pid]  # type: ignore[method-assign]
+        supervisor.notice(place)
+        place.go_on()
+        assert rank.end(seconds=60) == -signal.SIGUSR1
+
+
+def test_a_checkpoint_that_is_missing_is_a_violation(trial: Trial) -> None:
+    trial.expect_saved(0)
+    with pytest.raises(Violation, match="the newest checkpoint is of step 0, expected step 7"):
+        trial.expect_saved(7)
+    assert not Path(trial.run).exists()
 
 
 def test_its_own_environment_is_not_marked() -> None:

@@ -11,6 +11,8 @@ import pytest
 from launch.chaos import trial as trial_module
 from launch.chaos.trial import Trial
 from launch.chaos.verdict import Reference, judge, reference
+from storage.log import Draft, Log
+from storage.store import open_store
 from tests.programs import train_here
 
 
@@ -53,6 +55,19 @@ def change_loss(trial: Trial) -> None:
     trial.curves.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+def lose_evaluation(trial: Trial) -> None:
+    rows = [json.loads(line) for line in trial.curves.read_text().splitlines()]
+    del rows[9]["validation_loss"]
+    trial.curves.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def find_damage(trial: Trial) -> None:
+    """A start steps back to an older checkpoint; in the end all is as it must be."""
+    log = Log(open_store(trial.run))
+    body = {"checkpoints": [], "reason": "rank 0: an object is not there"}
+    log.append(lambda records: Draft(kind="QUARANTINE", generation=1, body=body))
+
+
 def lose_curve(trial: Trial) -> None:
     trial.curves.unlink()
 
@@ -86,6 +101,8 @@ def show_a_traceback(trial: Trial) -> None:
         (repeat_step, ["the curve has steps [7] twice and lacks []"]),
         (lose_step, ["the curve has steps [] twice and lacks [7]"]),
         (change_loss, ["the loss of step 7 is "]),
+        (lose_evaluation, ["the validation_loss of step 10 is None, expected "]),
+        (find_damage, ["a checkpoint was committed that is not whole: rank 0: an object is "]),
         (lose_curve, ["the curve cannot be read: "]),
         (damage_checkpoint, ["the newest checkpoint is damaged: "]),
         (

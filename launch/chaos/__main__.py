@@ -7,13 +7,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import tyro
 
 from storage.commands import run_command
 from storage.display import print_table
-from storage.errors import ConfigurationError
+from storage.errors import ConfigurationError, StoreUnavailableError
 
 if TYPE_CHECKING:
     from launch.chaos.scenarios import Result, Scenario
@@ -32,6 +33,7 @@ Example:
 Exit codes: 0 when nothing was violated, 1 when something was or nothing could be played, 78 for
 arguments that cannot be used."""
 
+_NOTICES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _VIOLATED = 1
 _SHOWN = 4
 """Faults in the line of a result; the report has all."""
@@ -83,11 +85,17 @@ def _execute(arguments: Chaos) -> int:
     folder = _folder(arguments.out)
     results: list[Result] = []
     report = folder / "chaos.json"
-    play = _soak(arguments, folder) if arguments.faults else _play(scenarios, arguments, folder)
-    for result in play:
-        _show(result)
-        results.append(result)
-        report.write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n")
+    try:
+        for result in _results(scenarios, arguments, folder):
+            _show(result)
+            results.append(result)
+            report.write_text(json.dumps([asdict(one) for one in results], indent=1) + "\n")
+    except (OSError, StoreUnavailableError) as error:
+        if isinstance(error, BrokenPipeError):
+            raise
+        raise ConfigurationError(
+            f"{folder} must take the runs, some 10 MB, and a report: {error}. Name another as --out"
+        ) from error
     played = [result for result in results if result.outcome != "skipped"]
     failed = [result for result in played if result.outcome == "failed"]
     print(
@@ -95,6 +103,27 @@ def _execute(arguments: Chaos) -> int:
         f"{arguments.seed}; {report}"
     )
     return _VIOLATED if failed or not played else 0
+
+
+def _results(scenarios: "Sequence[Scenario]", arguments: Chaos, folder: Path) -> "Iterator[Result]":
+    """As they come. A run that fails without any fault is the only one: nothing is to be tried."""
+    from launch.chaos.scenarios import Result
+    from launch.chaos.trial import Violation
+
+    try:
+        if arguments.faults:
+            yield from _soak(arguments, folder)
+        else:
+            yield from _play(scenarios, arguments, folder)
+    except Violation as violation:
+        yield Result(
+            scenario="unbroken",
+            repetition=0,
+            seed=arguments.seed,
+            outcome="failed",
+            violations=(f"without any fault: {violation}",),
+            folder=str(folder / "unbroken"),
+        )
 
 
 def _play(scenarios: "Sequence[Scenario]", arguments: Chaos, folder: Path) -> "Iterator[Result]":
@@ -130,11 +159,15 @@ def _show(result: "Result") -> None:
     told = result.why_skipped or "; ".join(result.faults[:_SHOWN]) + more
     line.append(f"{result.scenario:28} {result.seconds:6.1f} s  {told}", style="default")
     console = Console(soft_wrap=True)
-    console.print(line)
-    for violation in result.violations:
-        console.print(Text(f"         {violation}"))
-    if result.violations:
-        console.print(Text(f"         seed {result.seed}; kept in {result.folder}"))
+    with console.capture() as capture:
+        console.print(line)
+        for violation in result.violations:
+            console.print(Text(f"         {violation}"))
+        if result.violations:
+            console.print(Text(f"         seed {result.seed}; kept in {result.folder}"))
+    print(
+        capture.get(), end="", flush=True
+    )  # rich itself would exit with 1, as if it were violated
 
 
 def _chosen(arguments: Chaos) -> "list[Scenario]":
@@ -148,12 +181,15 @@ def _chosen(arguments: Chaos) -> "list[Scenario]":
         raise ConfigurationError(
             f"no scenario {unknown[0]!r}; --list shows them: {', '.join(known)}"
         )
-    return [known[name] for name in arguments.scenario or known]
+    return [known[name] for name in dict.fromkeys(arguments.scenario or known)]
 
 
 def _folder(out: str) -> Path:
     if not out:
-        return Path(tempfile.mkdtemp(prefix="rangeflow-chaos-"))
+        try:
+            return Path(tempfile.mkdtemp(prefix="rangeflow-chaos-"))
+        except OSError as error:
+            raise ConfigurationError(f"{error}; name a folder as --out") from error
     if "://" in out:
         raise ConfigurationError(f"--out must be a folder of this host, got {out!r}")
     folder = Path(out)
@@ -166,6 +202,15 @@ def _folder(out: str) -> Path:
     return folder.resolve()
 
 
+def _interrupted(number: int, frame: FrameType | None) -> None:
+    """Once: what is cleared away then is not to be left by a second ^C."""
+    for notice in _NOTICES:
+        signal.signal(notice, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as ^C: nothing is left behind
+    for notice in _NOTICES:
+        if signal.getsignal(notice) != signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(notice, _interrupted)
     sys.exit(main())

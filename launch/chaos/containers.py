@@ -4,7 +4,6 @@ Covers: clocks that are set, as Python's own `time` tells them. Does not cover: 
 clock, as `datetime.now`; a kernel's own clock that is set.
 """
 
-import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from launch.chaos.hosts import processes_of
 from launch.chaos.scenarios import Scenario
 from launch.chaos.small_memory import small_memory
-from launch.chaos.trial import ROOT, Place, Program, Trial
+from launch.chaos.trial import ROOT, Trial
 from launch.exit_codes import COMPLETE, START_AGAIN
 
 DAY_SECONDS = 86_400
@@ -21,12 +20,12 @@ _FREE_BYTES = 32 << 20
 _READ_ONLY = """
 set -e
 mount --bind "$0" "$0"
+mount --bind "$TMPDIR" "$TMPDIR"
 mount -o remount,bind,ro /
 grep -q ' /tmp ' /proc/self/mounts && mount -o remount,bind,ro /tmp
 for place in / /tmp; do
     if touch "$place/rangeflow-chaos" 2>/dev/null; then echo "$place can be written"; exit 1; fi
 done
-mkdir -p "$TMPDIR"
 exec "$@"
 """
 
@@ -74,39 +73,40 @@ def _process_1(trial: Trial) -> None:
     place = program.stopped()
     space_name = str(Path(f"/proc/{minder}/ns/pid").readlink())
     program.wait_for(lambda: not _zombies(space_name), "process 1 left zombies")
-    trial.fault("SIGTERM to process 1")
-    _signal(program, signal.SIGTERM)
+    trial.fault(f"SIGTERM to process 1 at step {place.step}")
+    program.notice(place)
     place.go_on()
     program.end(START_AGAIN)
+    trial.expect_saved(place.step + 1)
     trial.complete()
 
 
 def _little_memory(trial: Trial) -> None:
-    with small_memory() as memory:
-        stop = ("micro_batch", trial.random.randrange(1, 25))
-        program = trial.start(trial.supervisor(2), on=memory, stop=stop)
-        place = program.stopped()
-        for pid in program.processes("rank"):
-            memory.give_up_first(pid)
-        memory.leave_free(_FREE_BYTES)
-        eater = str(ROOT / "launch" / "chaos" / "small_memory.py")
-        trial.start(trial.python(eater, str(memory.folder)), on=memory).end(COMPLETE)
-        trial.fault(f"out of memory at step {place.step}: the kernel killed {memory.kills()}")
-        place.go_on()
-        program.end(COMPLETE)
+    memory = trial.stack.enter_context(small_memory())
+    stop = ("micro_batch", trial.random.randrange(1, 25))
+    program = trial.start(trial.supervisor(2), on=memory, stop=stop)
+    place = program.stopped()
+    for pid in program.processes("rank"):
+        memory.give_up_first(pid)
+    memory.leave_free(_FREE_BYTES)
+    eater = str(ROOT / "launch" / "chaos" / "small_memory.py")
+    trial.start(trial.python(eater, str(memory.folder)), on=memory).end(COMPLETE)
+    trial.fault(f"out of memory at step {place.step}: the kernel killed {memory.kills()}")
+    place.go_on()
+    program.end(COMPLETE)
 
 
 def _read_only(trial: Trial) -> None:
     space = Behind(("unshare", "--mount", "sh", "-c", _READ_ONLY, str(trial.folder)))
     trial.fault("all is read-only but the run's folder and a temporary one")
     stop = ("micro_batch", 9)
-    environment = {"TMPDIR": str(trial.folder / "tmp")}
-    program = trial.start(trial.supervisor(2), on=space, stop=stop, environment=environment)
+    program = trial.start(trial.supervisor(2), on=space, stop=stop)
     place = program.stopped()
-    _signal(program, signal.SIGTERM)
+    program.notice(place)
     place.go_on()
     program.end(START_AGAIN)
-    trial.start(trial.supervisor(1), on=space, environment=environment).end(COMPLETE)
+    trial.expect_saved(place.step + 1)
+    trial.start(trial.supervisor(1), on=space).end(COMPLETE)
 
 
 def _nobody(trial: Trial) -> None:
@@ -116,9 +116,10 @@ def _nobody(trial: Trial) -> None:
     trial.fault("user 12345, who is in no passwd, has no name and no home")
     program = trial.start(trial.supervisor(2), on=space, stop=("micro_batch", 9))
     place = program.stopped()
-    program.signal(signal.SIGTERM)
+    program.notice(place)
     place.go_on()
     program.end(START_AGAIN)
+    trial.expect_saved(place.step + 1)
     trial.start(trial.supervisor(1), on=space).end(COMPLETE)
 
 
@@ -127,9 +128,10 @@ def _clock_jumps(trial: Trial) -> None:
     jump = trial.folder / "clock" / "jump"
     jump.parent.mkdir()
     (jump.parent / "sitecustomize.py").write_text(_CLOCK.format(place=str(jump)))
-    environment = {"PYTHONPATH": os.pathsep.join([str(jump.parent), str(ROOT)])}
+    environment = {"PYTHONPATH": str(jump.parent)}
     program = trial.start(trial.supervisor(2), environment=environment, stop=("micro_batch", 5))
     place = program.stopped()
+    days = 0
     for step in (10, 15):
         days = trial.random.choice((-400, -1, 1, 400))
         trial.fault(f"the clock is {days} days off, and rank 0 killed at step {place.step}")
@@ -137,19 +139,14 @@ def _clock_jumps(trial: Trial) -> None:
         program.stop("micro_batch", step)
         place.signal(signal.SIGKILL)
         place = program.stopped()
-    program.signal(signal.SIGTERM)
-    program.says("SIGTERM: the ranks have ")
-    days = trial.random.choice((-400, -1, 1, 400))
-    trial.fault(f"a notice at step {place.step}, then {days} days")
+    program.notice(place)
+    days += trial.random.choice((1, 400))  # on: the deadline that the rank was told looks missed
+    trial.fault(f"a notice at step {place.step}, then the clock is {days} days off")
     jump.write_text(str(days * DAY_SECONDS))
     place.go_on()
     program.end(START_AGAIN)
+    trial.expect_saved(place.step + 1)
     trial.complete()
-
-
-def _signal(program: Program, number: signal.Signals) -> None:
-    """To the supervisor, whatever was started before it."""
-    Place(program.process("supervisor"), 0).signal(number)
 
 
 def _zombies(space: str) -> list[int]:
@@ -169,7 +166,7 @@ CONTAINERS = (
         name="process-1",
         about="the supervisor is process 1 of a container",
         act=_process_1,
-        needs=frozenset({"root"}),
+        needs=frozenset({"root", "processes"}),
     ),
     Scenario(
         name="little-memory",

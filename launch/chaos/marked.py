@@ -61,6 +61,16 @@ def state(pid: int) -> str:
         return ""
 
 
+def pending(pid: int, number: int) -> bool:
+    """Whether a process has been sent a signal that it has not taken: for one that is stopped."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+    masks = re.findall(r"^(?:SigPnd|ShdPnd):\s*([0-9a-f]+)$", status, re.MULTILINE)
+    return any(int(mask, 16) >> (number - 1) & 1 for mask in masks)
+
+
 def own_number(pid: int) -> int:
     """The number by which a process knows itself; 0 when it has ended."""
     try:

@@ -5,26 +5,31 @@ import time
 from pathlib import Path
 
 from checkpointing.history import history
-from launch.chaos.marked import Role
+from launch.chaos.marked import Role, state
 from launch.chaos.scenarios import Scenario
 from launch.chaos.small_disk import small_disk
-from launch.chaos.trial import Place, Program, Trial, Violation
+from launch.chaos.trial import STEPS, Place, Program, Trial, Violation
 from launch.exit_codes import COMPLETE, FENCED, PERMANENT, START_AGAIN
 from storage.log import Log
 from storage.store import open_store
 
 START_LIMIT_SECONDS = 30
 """For trials in which a start hangs; an import of torch on a busy machine takes 10 s."""
+SHORT_GRACE_SECONDS = 8
+AT_ONCE_SECONDS = 60.0
+"""Half of the grace of a trial: who ends so soon has not waited for it."""
 HOLD_SECONDS = 0.3
 MOST_STARTS = 8
+
+_LEFT_STEP = 7
 
 SAVING = ("save:begin", "save:object", "save:uploaded", "save:manifest", "save:committed")
 
 
 def _notice_in(
-    name: str, about: str, phase: str, step: int = 0, code: int = START_AGAIN
+    name: str, about: str, phase: str, step: int = 0, *, saved: int = 0, code: int = START_AGAIN
 ) -> Scenario:
-    """SIGTERM to the supervisor while rank 0 stands in a phase."""
+    """SIGTERM to the supervisor while rank 0 stands in a phase; `saved` is what the next finds."""
 
     def act(trial: Trial) -> None:
         world = trial.random.choice((1, 2))
@@ -33,9 +38,10 @@ def _notice_in(
         program = trial.start(trial.supervisor(world), stop=(phase, step))
         place = program.stopped()
         trial.fault(f"SIGTERM in phase {phase!r} at step {place.step}, ranks: {world}")
-        program.signal(signal.SIGTERM)
+        program.notice(place)
         place.go_on()
         program.end(code)
+        trial.expect_saved(saved)
         trial.complete()
 
     return Scenario(name=f"sigterm-{name}", about=f"a notice {about}", act=act)
@@ -43,11 +49,12 @@ def _notice_in(
 
 def _leave_something(trial: Trial) -> None:
     """A checkpoint, to be restored."""
-    program = trial.start(stop=("micro_batch", 6))
+    program = trial.start(stop=("micro_batch", _LEFT_STEP - 1))
     place = program.stopped()
-    program.signal(signal.SIGTERM)
+    program.notice(place)
     place.go_on()
     program.end(START_AGAIN)
+    trial.expect_saved(_LEFT_STEP)
 
 
 def _notice_at_the_agent(trial: Trial) -> None:
@@ -59,6 +66,17 @@ def _notice_at_the_agent(trial: Trial) -> None:
     trial.complete()
 
 
+def _notice_to_a_hung_rank(trial: Trial) -> None:
+    """Which does not hear it. Alone, so that only the supervisor can see that the grace is over."""
+    own = (f"--grace_seconds={SHORT_GRACE_SECONDS}",)
+    program = trial.start(trial.supervisor(own=own), stop=_step(trial))
+    place = program.stopped()
+    trial.fault(f"SIGTERM at step {place.step}, where the rank stands still")
+    program.notice(place)
+    program.end(START_AGAIN, seconds=AT_ONCE_SECONDS)
+    trial.complete()
+
+
 def _two_notices(trial: Trial) -> None:
     program, place = _in_some_step(trial)
     trial.fault(f"two SIGTERMs at step {place.step}")
@@ -66,16 +84,17 @@ def _two_notices(trial: Trial) -> None:
     program.says("SIGTERM: the ranks have ")
     program.signal(signal.SIGTERM)
     program.says("a second signal: everything is killed now")
-    program.end(START_AGAIN)
+    program.end(START_AGAIN, seconds=AT_ONCE_SECONDS)
     trial.complete()
 
 
 def _sigint(trial: Trial) -> None:
     program, place = _in_some_step(trial)
     trial.fault(f"SIGINT at step {place.step}")
-    program.signal(signal.SIGINT)
+    program.notice(place, signal.SIGINT)
     place.go_on()
     program.end(START_AGAIN)
+    trial.expect_saved(place.step + 1)
     trial.complete()
 
 
@@ -87,11 +106,17 @@ def _kill_rank(trial: Trial) -> None:
 
 
 def _kill_writer(trial: Trial) -> None:
-    phase = trial.random.choice(SAVING)
-    program = trial.start(stop=(phase, trial.random.randrange(1, 20)))
-    place = program.stopped()
-    trial.fault(f"SIGKILL of the process that saves, in {phase!r} at step {place.step}")
-    place.signal(signal.SIGKILL)
+    """Once in each phase of a save, each time in a later save."""
+    first, *others = trial.random.sample(SAVING, len(SAVING))
+    phase: str | None = first
+    program = trial.start(stop=(first, trial.random.randrange(1, 9)))
+    while phase is not None:
+        place = program.stopped()
+        trial.fault(f"SIGKILL of the process that saves, in {phase!r} at step {place.step}")
+        phase = others.pop() if others else None
+        if phase is not None:
+            program.stop(phase, place.step + 1)
+        place.signal(signal.SIGKILL)
     program.end(COMPLETE)
 
 
@@ -143,15 +168,24 @@ def _stop_rank(trial: Trial) -> None:
     program, place = _in_some_step(trial, world=2)
     trial.fault(f"SIGSTOP of rank 0 of 2 at step {place.step}")
     program.says(" hangs in phase ")  # of this rank, or of the one that waits for it
+    _cleared_away(program, place)
     program.end(COMPLETE)
+
+
+def _cleared_away(program: Program, place: Place) -> None:
+    """Wait for the next start: nothing of the last one is left by then."""
+    program.says("; starting again")
+    if state(place.pid) not in ("", "Z"):
+        raise Violation("the next start begins, and the rank of the last that hung lives on")
 
 
 def _stop_rank_at_start(trial: Trial) -> None:
     phase = trial.random.choice(("rendezvous", "claim", "micro_batch"))
     program = _impatient(trial, stop=(phase, 0))
-    program.stopped()
+    place = program.stopped()
     trial.fault(f"SIGSTOP of the rank in phase {phase!r}, before its first step")
     program.says(f"hangs in phase {phase!r}")
+    _cleared_away(program, place)
     program.end(COMPLETE)
 
 
@@ -224,7 +258,7 @@ def _disk_full(trial: Trial) -> None:
 
 def _slow_save(trial: Trial) -> None:
     """The upload of a save hangs; at the end of the grace the ranks leave without it."""
-    own = ("--grace_seconds=8",)
+    own = (f"--grace_seconds={SHORT_GRACE_SECONDS}",)
     program = trial.start(trial.supervisor(own=own), holds=("save:object", 4))
     held = program.stopped()
     place = program.phase("micro_batch", held.step + 2)
@@ -232,7 +266,7 @@ def _slow_save(trial: Trial) -> None:
     program.signal(signal.SIGTERM)
     program.says("the ranks have ")
     place.go_on()
-    program.end(START_AGAIN)
+    program.end(START_AGAIN, seconds=AT_ONCE_SECONDS)
     program.says("there is no time left")
     trial.complete()
 
@@ -297,12 +331,13 @@ ONE_HOST = (
     ),
     _notice_in("rendezvous", "while the ranks come together", "rendezvous"),
     _notice_in("claim", "before the run is claimed", "claim"),
-    _notice_in("restore", "before a checkpoint is read", "restore"),
-    _notice_in("first-step", "in the first step", "micro_batch"),
-    _notice_in("step", "in a later step", "micro_batch", 7),
-    _notice_in("save", "while a save is being written", "save:object", 8),
-    _notice_in("evaluation", "in an evaluation", "evaluate", 10),
-    _notice_in("exit", "when all is done", "exit", code=COMPLETE),
+    _notice_in("restore", "before a checkpoint is read", "restore", saved=_LEFT_STEP),
+    _notice_in("first-step", "in the first step", "micro_batch", saved=1),
+    _notice_in("step", "in a later step", "micro_batch", 6, saved=7),
+    _notice_in("save", "while a save is being written", "save:object", 8, saved=8),
+    _notice_in("evaluation", "in an evaluation", "evaluate", 10, saved=10),
+    _notice_in("exit", "when all is done", "exit", saved=STEPS, code=COMPLETE),
+    Scenario(name="sigterm-hung", about="a notice while a rank hangs", act=_notice_to_a_hung_rank),
     Scenario(name="two-sigterms", about="the second kills at once", act=_two_notices),
     Scenario(name="sigint", about="as SIGTERM", act=_sigint),
     Scenario(name="sigkill-rank", about="one of two ranks is killed", act=_kill_rank),

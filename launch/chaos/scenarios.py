@@ -22,7 +22,7 @@ from launch.chaos.verdict import judge, reference
 from launch.exit_codes import COMPLETE
 from storage.store import open_store
 
-Need = Literal["root", "network", "cgroup", "mounts", "users"]
+Need = Literal["root", "network", "cgroup", "mounts", "processes", "users"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,6 +151,10 @@ def _no_mounts() -> str:
         return _refused("unshare", "--mount", "mount", "-t", "tmpfs", "none", folder)
 
 
+def _no_processes() -> str:
+    return _refused("unshare", "--pid", "--fork", "--mount-proc", "--kill-child", "true")
+
+
 def _no_users() -> str:
     return _refused("unshare", "--user", "--map-user=12345", "--map-group=12345", "true")
 
@@ -167,6 +171,7 @@ _WHY_NOT: dict[Need, Callable[[], str]] = {
     "root": _no_root,
     "network": why_no_hosts,
     "mounts": _no_mounts,
+    "processes": _no_processes,
     "cgroup": why_no_small_memory,
     "users": _no_users,
 }

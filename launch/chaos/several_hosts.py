@@ -70,7 +70,9 @@ class Cluster:
         self.newcomer_waits(first)
         first.stop("micro_batch", place.step + 1)
         place.go_on()
-        return first.stopped()
+        grown = first.stopped()
+        self.trial.expect_saved(place.step + 1)
+        return grown
 
     def newcomer_waits(self, first: Program) -> None:
         """Wait until torchrun has found one more host, or several, that wait to join."""
@@ -120,6 +122,7 @@ def _walk(trial: Trial) -> None:
             place.go_on()
             for program in made.programs[1:]:
                 program.end(START_AGAIN)
+            trial.expect_saved(place.step + 1)
         else:
             trial.fault("three hosts lose power")
             for host in made.lan.hosts[1:]:
@@ -168,6 +171,7 @@ def _lose_the_meeting_place(trial: Trial) -> None:
             made.notice(0)
             place.go_on()
             made.programs[0].end(START_AGAIN)
+            trial.expect_saved(place.step + 1)
         made.lan[0].kill()
         made.world_of(2, second).go_on()
         made.complete(1, 2)

@@ -6,6 +6,7 @@ the cgroup.
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from uuid import uuid4
 
 _MOUNTS = Path("/proc/self/mounts")
 _BITE_BYTES = 4 << 20
+_EMPTY_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,14 @@ def small_memory() -> Iterator[SmallMemory]:
     try:
         yield made
     finally:
-        with suppress(OSError):  # not empty while a process of it lives
-            made.folder.rmdir()
+        end = time.monotonic() + _EMPTY_SECONDS
+        while made.folder.exists() and time.monotonic() < end:
+            with suppress(
+                OSError
+            ):  # of a process that was just killed, something lives on a little
+                made.folder.rmdir()
+                break
+            time.sleep(0.01)
 
 
 def why_no_small_memory() -> str:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -10,12 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Protocol
 
-from launch.chaos.marked import Role, described, living, own_number, role_of, state
+from checkpointing.history import history
+from launch.chaos.marked import Role, described, living, own_number, pending, role_of, state
 from launch.chaos.watched import VARIABLE
 from launch.exit_codes import COMPLETE
+from storage.log import Log
+from storage.store import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
 WATCHED = ROOT / "launch" / "chaos" / "watched.py"
@@ -26,8 +31,9 @@ LOOK_SECONDS = 0.01
 ORPHAN_SECONDS = 10.0
 """How long a process may take to end when its program has."""
 
+STEPS = 30
 SHAPE = (
-    "--max_steps=30",
+    f"--max_steps={STEPS}",
     "--eval_interval_steps=10",
     "--eval_windows=8",
     "--sample_interval_steps=0",
@@ -43,6 +49,12 @@ SHAPE = (
     "--dropout=0.1",
 )
 """A model that any machine trains in a second or two."""
+
+
+_OF_A_WORLD = re.compile(
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)|(PET|TORCHELASTIC|RANGEFLOW)_.*"
+)
+"""Variables by which a platform or torchrun tells a program who it is."""
 
 
 class Violation(Exception):
@@ -89,7 +101,7 @@ class Program:
             self._process = subprocess.Popen(
                 command,
                 cwd=folder,
-                env={**os.environ, "PYTHONPATH": str(ROOT), VARIABLE: str(folder), **environment},
+                env=_environment(folder, environment),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -159,6 +171,15 @@ class Program:
         """Wait for a process of this kind."""
         self.wait_for(lambda: bool(self.processes(role)), f"it never had a process as {role}")
         return self.processes(role)[0]
+
+    def notice(self, place: Place, number: signal.Signals = signal.SIGTERM) -> None:
+        """Send one to the supervisor; wait until the rank that stands there has been told as well.
+
+        Else it could go on to the end of the run before the supervisor has looked up.
+        """
+        Place(self.process("supervisor"), 0).signal(number)
+        told = signal.SIGUSR1
+        self.wait_for(lambda: self.ended or pending(place.pid, told), "its rank was not told")
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the program itself."""
@@ -234,6 +255,7 @@ class Trial:
         self.folder = folder.resolve()
         self.run = str(self.folder / "run")
         self.stack = ExitStack()
+        self._temporary = ""
         self.random = random.Random(name)
         self.programs: list[Program] = []
         self.faults: list[str] = []
@@ -243,6 +265,8 @@ class Trial:
         self._training_program = tuple(training_program)
 
     def __enter__(self) -> "Trial":
+        made = TemporaryDirectory(prefix="rangeflow-chaos-", ignore_cleanup_errors=True)
+        self._temporary = self.stack.enter_context(made)
         return self
 
     def __exit__(
@@ -315,16 +339,33 @@ class Trial:
             ask_to_stop(folder, *holds, how="hold")
         words = self.supervisor() if command is None else list(command)
         words = words if on is None else on.entering(*words)
-        self.programs.append(Program(words, folder, environment or {}))
+        self.programs.append(
+            Program(words, folder, {"TMPDIR": self._temporary, **(environment or {})})
+        )
         return self.programs[-1]
 
     def complete(self, world: int = 1) -> None:
         """Mind the run to its end."""
         self.start(self.supervisor(world)).end(COMPLETE)
 
+    def expect_saved(self, step: int) -> None:
+        """That the next start finds a checkpoint of this step, or of a later one; 0 for none."""
+        live = history(Log(open_store(self.run)).refresh()).live
+        found = live[-1].step if live else 0
+        if found < step:
+            raise Violation(f"the newest checkpoint is of step {found}, expected step {step}")
+
     def fault(self, words: str) -> None:
         """Note what is dealt now."""
         self.faults.append(words)
+
+
+def _environment(folder: Path, more: Mapping[str, str]) -> dict[str, str]:
+    """This process's, with the mark, and without devices and the place in some other world."""
+    own = {name: value for name, value in os.environ.items() if not _OF_A_WORLD.fullmatch(name)}
+    paths = (more.get("PYTHONPATH"), str(ROOT), own.get("PYTHONPATH"))
+    alike = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    return {**own, **more, **alike, VARIABLE: str(folder)}
 
 
 def ask_to_stop(folder: Path, phase: str, step: int = 0, how: str = "stop") -> None:

@@ -1,8 +1,9 @@
 """The judgement on what a trial left, the same for all scenarios: beside the unbroken run.
 
 Covers: the final digest, each step's samples, loss and gradient norm, the order of samples by the
-run's log, one row of the curves for each step, the newest checkpoint's bytes, processes that were
-left behind, tracebacks.
+run's log, one row of the curves for each step with all that does not depend on a clock, the newest
+checkpoint's bytes, checkpoints that a start found damaged, processes that were left behind,
+tracebacks.
 Does not cover: processes that have lost the environment that they were started with.
 """
 
@@ -21,15 +22,17 @@ from storage.errors import RangeFlowError
 from storage.log import Log
 from storage.store import open_store
 
+_OF_A_CLOCK = ("time", "tokens_per_second")
+
 TRACEBACK = "Traceback (most recent call last)"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
-    """The unbroken run: its last digest, and of every step the loss and what heartbeats record."""
+    """The unbroken run: its last digest, and of every step its row and what heartbeats record."""
 
     digest: str
-    losses: Mapping[int, Any]
+    rows: Mapping[int, Mapping[str, Any]]
     proofs: Mapping[int, bytes]
 
 
@@ -40,7 +43,7 @@ def reference(trial: Trial) -> Reference:
     assert past.end is not None, "who asks has seen it end with 0"
     return Reference(
         digest=str(past.end.body["digest"]),
-        losses={int(row["step"]): row["loss"] for row in curve(trial.curves)},
+        rows={int(row["step"]): row for row in curve(trial.curves)},
         proofs=steps_told(store, past.generation, 0),
     )
 
@@ -50,7 +53,7 @@ def judge(trial: Trial, unbroken: Reference) -> list[str]:
     found = left_behind(trial)
     try:
         found += wrong_end(trial, unbroken) + wrong_steps(trial, unbroken)
-        found += wrong_ledger(trial) + damaged(trial)
+        found += wrong_ledger(trial) + damaged(trial) + quarantined(trial)
     except (RangeFlowError, OSError, ValueError) as error:
         found.append(f"the run cannot be judged: {error}")
     return found + wrong_curve(trial, unbroken) + tracebacks(trial)
@@ -103,24 +106,31 @@ def damaged(trial: Trial) -> list[str]:
     return [] if verdict == "whole" else [f"the newest checkpoint is {verdict}: {what}"]
 
 
+def quarantined(trial: Trial) -> list[str]:
+    """Checkpoints that were committed, and that a start could not read."""
+    records = Log(open_store(trial.run), whole=True).refresh()
+    reasons = [str(r.body["reason"]) for r in records if r.kind == "QUARANTINE"]
+    return [f"a checkpoint was committed that is not whole: {reason}" for reason in reasons]
+
+
 def wrong_curve(trial: Trial, unbroken: Reference) -> list[str]:
-    """Rows of metrics.jsonl: each step once and in order, with the loss of the unbroken run."""
+    """Rows of metrics.jsonl: each step once and in order, with what the unbroken run says of it."""
     try:
         rows = curve(trial.curves)
         steps = [int(row["step"]) for row in rows]
-        losses = {int(row["step"]): row["loss"] for row in rows}
     except (OSError, ValueError, KeyError) as error:
         return [f"the curve cannot be read: {error}"]
     found = []
-    if steps != sorted(unbroken.losses):
+    if steps != sorted(unbroken.rows):
         twice = sorted({step for step in steps if steps.count(step) > 1})
-        missing = sorted(set(unbroken.losses) - set(steps))
+        missing = sorted(set(unbroken.rows) - set(steps))
         found.append(f"the curve has steps {twice} twice and lacks {missing}")
-    wrong = [step for step, loss in losses.items() if unbroken.losses.get(step) != loss]
-    if wrong:
-        step = min(wrong)
-        expected = unbroken.losses.get(step)
-        found.append(f"the loss of step {step} is {losses[step]!r}, expected {expected!r}")
+    for step, row in zip(steps, rows, strict=True):
+        right = unbroken.rows.get(step, row)
+        for name in sorted(row.keys() | right.keys()):
+            if row.get(name) != right.get(name):
+                said = f"{row.get(name)!r}, expected {right.get(name)!r}"
+                return [*found, f"the {name} of step {step} is {said}"]
     return found
 
 
@@ -144,5 +154,13 @@ def tracebacks(trial: Trial) -> list[str]:
 
 
 def curve(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a metrics.jsonl, without what depends on a clock."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        {
+            name: value
+            for name, value in row.items()
+            if name not in _OF_A_CLOCK and not name.startswith("data_")
+        }
+        for row in rows
+    ]
