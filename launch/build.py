@@ -9,8 +9,15 @@ from data_service.batches import Batches
 from launch.config import RunConfig
 from launch.world import World, fingerprint
 from storage.errors import ConfigurationError
-from trainer.model import initial_model, padded_vocabulary, parameter_count
-from trainer.numerics import make_scaler, resolve_precision, set_up_numerics
+from trainer.model import GPT, initial_model, padded_vocabulary, parameter_count
+from trainer.numerics import (
+    Precision,
+    autocast,
+    keyed_randomness,
+    make_scaler,
+    resolve_precision,
+    set_up_numerics,
+)
 from trainer.optimizer import make_optimizer
 from trainer.reduction import GradientReducer, hosted_range
 from trainer.step import StepSettings, TrainStep, reduced_length
@@ -43,8 +50,10 @@ def build_training(config: RunConfig, world: World, batches: Batches) -> TrainSt
     """The step, with the model as a run begins, compiled if so configured."""
     set_up_numerics(config.numerics, world.device)
     model = initial_model(config.model, batches.vocab_size, config.seed).to(world.device)
-    forward = torch.compile(model) if config.numerics.compile else model
     precision = resolve_precision(config.numerics.precision, world.device)
+    if config.model.attention != "auto":
+        _refuse_attention(model, precision, world.device)
+    forward = torch.compile(model) if config.numerics.compile else model
     reducer = GradientReducer(
         reduced_length(model, config.batch),
         virtual_ranks=config.batch.virtual_ranks,
@@ -75,3 +84,22 @@ def build_training(config: RunConfig, world: World, batches: Batches) -> TrainSt
     optimizer = make_optimizer(model, config.optimizer)
     scaler = make_scaler(precision, world.device)
     return TrainStep(model, forward, optimizer, scaler, reducer, settings)
+
+
+def _refuse_attention(model: GPT, precision: Precision, device: torch.device) -> None:
+    """Try the chosen attention once: device, precision and dropout decide what kernels there are.
+
+    Raises ConfigurationError when there is none.
+    """
+    tokens = torch.zeros(1, model.config.context, dtype=torch.int64, device=device)
+    try:
+        with keyed_randomness(device, "attention"), autocast(precision, device):
+            model.train()(tokens)
+    except RuntimeError as error:
+        if not str(error).startswith(("No available kernel", "No viable backend")):
+            raise
+        raise ConfigurationError(
+            f"attention {model.config.attention!r} does not work here: torch has no such kernel "
+            f"for {device.type}, {precision} and dropout {model.config.dropout}. Choose auto or "
+            "math"
+        ) from error

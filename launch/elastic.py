@@ -128,7 +128,7 @@ def run_of(arguments: Sequence[str]) -> str:
     path = _option(arguments, "config")
     if run is None and path:
         try:
-            run = tomllib.loads(Path(path).read_text()).get("run")
+            run = tomllib.loads(Path(path).read_text(encoding="utf-8")).get("run")
         except (OSError, ValueError) as error:
             raise ConfigurationError(f"--config {path} cannot be read: {error}") from error
     return str(run or "runs/default")

@@ -7,14 +7,17 @@ Does not cover: several hosts; `launch.chaos` does that.
 """
 
 import math
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from launch.exit_codes import COMPLETE, FENCED, PERMANENT, START_AGAIN
+from launch.minded import die_with_parent
 from launch.spot_simulation import Segment
 from storage.errors import ConfigurationError
 
@@ -57,7 +60,7 @@ def replay_with_processes(
             sleep(max(0.0, end - clock()))
             continue
         while clock() < end:
-            process = (start or _started)(command)
+            process = (start or started)(command)
             report["starts"] += 1
             code = _ended(process, end - clock())
             if code is None:
@@ -73,8 +76,9 @@ def replay_with_processes(
     return report
 
 
-def _started(command: Sequence[str]) -> Process:
-    return subprocess.Popen(command, stdout=2)  # `--json` has stdout for itself
+def started(command: Sequence[str]) -> Process:
+    """`--json` has stdout for itself. A replay that is killed leaves no program behind."""
+    return subprocess.Popen(command, stdout=2, preexec_fn=partial(die_with_parent, os.getpid()))
 
 
 def _ended(process: Process, seconds: float) -> int | None:

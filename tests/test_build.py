@@ -107,3 +107,25 @@ def test_a_world_of_unlike_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(place, "gather", lambda value: [value, other])
     with pytest.raises(ConfigurationError, match=r"need the same device .* rank 1 has .*T4"):
         settled(config, place)
+
+
+NO_KERNEL = [("--attention=efficient",), ("--attention=flash", "--dropout=.1")]
+
+
+@pytest.mark.parametrize("flags", NO_KERNEL)
+def test_an_attention_without_a_kernel_is_refused_before_the_first_step(
+    tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    config = parse_config([*SHAPE, *flags])
+    message = (
+        "attention '.*' does not work here: .* for cpu, fp32 and dropout .*Choose auto or math"
+    )
+    with pytest.raises(ConfigurationError, match=message):
+        build_training(config, world(), batches_of(tmp_path, config))
+
+
+def test_a_chosen_attention_that_works_changes_no_random_number(tmp_path: Path) -> None:
+    config = parse_config([*SHAPE, "--attention=math", "--dropout=.1"])
+    before = torch.random.get_rng_state()
+    build_training(config, world(), batches_of(tmp_path, config))
+    assert torch.equal(torch.random.get_rng_state(), before)

@@ -1,5 +1,6 @@
 """torchrun is started with what the hosts have agreed on, and with what the user said."""
 
+import re
 import socket
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from storage.store import open_store
 from tests.hosts import network
 from tests.made_runs import RUN
 
+ROOT = Path(__file__).resolve().parents[1]
 TRAIN = "launch/train.py"
 
 
@@ -152,3 +154,11 @@ def test_a_port_that_is_taken_is_left() -> None:
         assert free_port() != number
         assert reached("127.0.0.1", number) is Reach.OPEN
     assert interface_of("127.0.0.1") == "lo"
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])
+def test_a_command_that_gives_torchrun_a_run_has_two_dashes_before_the_script(page: Path) -> None:
+    """Without them Python 3.11 takes `--run` for the beginning of torchrun's `--run-path`."""
+    commands = re.sub(r"\\\n\s*", "", page.read_text()).splitlines()
+    given = [c for c in commands if re.search(r"(torchrun|supervise) .*train\.py .*--run", c)]
+    assert [c for c in given if " -- launch/train.py" not in c] == []

@@ -4,6 +4,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from data_service.batches import Batches
 from data_service.loader import StepRows
+from data_service.tokenizer import CharacterTokenizer
 from launch.build import build_training
 from launch.config import RunConfig
 from launch.grace import Grace
@@ -462,6 +464,23 @@ def test_samples_are_drawn_by_seed_step_and_number(batches: Batches) -> None:
         responses.append(batches.tokenizer.decode(ids))
     assert [one["response"] for one in recorded.rows[-1]["samples"]] == responses
     assert responses[0] != responses[1]
+
+
+def test_a_prompt_that_the_tokenizer_does_not_know_is_left_out_from_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    letters = CharacterTokenizer("".join(map(chr, range(1000, 1260))))
+    source = made_source(tmp_path, "letters", tokenizer=letters)
+    batches = Batches(
+        plan=plan_of([source]), sources={"letters": source}, seed=5, context=8, global_batch_size=2
+    )
+    recorded = recorder(batches)
+    prompts = ("def f(", chr(1001))
+    loop = recorded.loop(2, sample_interval_steps=2, sample_prompts=prompts)
+    assert """no samples from the prompt "def f(": character 'd' is not among""" in caplog.text
+    assert "or give other --sample_prompts" in caplog.text
+    assert loop.run(0, 0)
+    assert [one["prompt"] for one in recorded.rows[-1]["samples"]] == [chr(1001)]
 
 
 def test_only_rank_0_draws_samples(batches: Batches) -> None:

@@ -1,7 +1,11 @@
 """A trace replayed with processes: started and killed when the trace says so."""
 
 import json
+import os
+import select
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +18,8 @@ from launch.spot_processes import replay_with_processes
 from launch.spot_simulation import Segment, segments
 from storage.errors import ConfigurationError
 from tests.programs import final_digest, train
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 class Time:
@@ -125,6 +131,28 @@ def test_who_is_interrupted_leaves_no_program_behind() -> None:
     with pytest.raises(KeyboardInterrupt):
         replay_with_processes("r", [], TRACE, 1.0, start=lambda _: fake, clock=time.clock)
     assert fake.killed
+
+
+REPLAY = """
+import sys
+from launch.spot_processes import started
+started([sys.executable, "-c", sys.argv[1]]).wait()
+"""
+PROGRAM = "import os, signal; print(os.getpid(), flush=True); signal.pause()"
+
+
+def test_a_replay_that_is_killed_leaves_no_program_behind() -> None:
+    command = [sys.executable, "-c", REPLAY, PROGRAM]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as replay:
+        assert replay.stderr is not None
+        pidfd = os.pidfd_open(int(replay.stderr.readline()))
+        replay.kill()
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        gone = poll.poll(60_000)
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL) if not gone else None
+        os.close(pidfd)
+    assert gone
 
 
 @pytest.mark.parametrize("compress", [0.0, -1.0, float("nan"), float("inf")])

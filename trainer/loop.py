@@ -24,7 +24,12 @@ from torch import Tensor
 from data_service.batches import Batches
 from data_service.loader import StepRows
 from data_service.tokenizer import Tokenizer
-from storage.errors import ConfigurationError, StopRequestedError, StoreUnavailableError
+from storage.errors import (
+    ConfigurationError,
+    DataError,
+    StopRequestedError,
+    StoreUnavailableError,
+)
 from trainer.canary import canary_window, check_canary
 from trainer.evaluate import evaluate, held_out
 from trainer.losses import by_source
@@ -167,6 +172,7 @@ class Loop:
         self._validated = list(batches.plan.sources)
         self._validation = held_out(batches, config.eval_windows, self._validated)
         self._canary = canary_window(seed, batches.context, batches.vocab_size)
+        self._prompts = _encoded_prompts(batches.tokenizer, config) if around.rank == 0 else {}
         self._healthy = True
         self._waiting = False
         self._restored = self._begun = -1  # steps: begun is what a save was last begun of
@@ -332,10 +338,11 @@ class Loop:
     def _samples(self, step: int, stopping: Callable[[], bool]) -> list[dict[str, str]]:
         tokenizer: Tokenizer = self._batches.tokenizer
         samples = []
-        for number, prompt in enumerate(self._config.sample_prompts):
+        for number, encoded in self._prompts.items():
+            prompt = self._config.sample_prompts[number]
             ids = sample(
                 self._training.model,
-                [int(token) for token in tokenizer.encode(prompt)],
+                encoded,
                 tokens=self._config.sample_tokens,
                 temperature=self._config.sample_temperature,
                 end_of_text=tokenizer.end_of_text,
@@ -400,6 +407,25 @@ class Loop:
             wait=wait,
             unsaid=self._unsaid,
         )
+
+
+def _encoded_prompts(tokenizer: Tokenizer, config: LoopConfig) -> dict[int, list[int]]:
+    """Token ids of each prompt by its number, before the first step, not when samples are due.
+
+    A prompt with a character that the tokenizer does not know is left out, with a warning. Raises
+    StoreUnavailableError where the tokenizer's vocabulary cannot be loaded.
+    """
+    encoded: dict[int, list[int]] = {}
+    for number, prompt in enumerate(config.sample_prompts if config.sample_interval_steps else ()):
+        try:
+            encoded[number] = [int(token) for token in tokenizer.encode(prompt)]
+        except DataError as error:
+            logger.warning(
+                "no samples from the prompt %s: %s, or give other --sample_prompts",
+                json.dumps(prompt),
+                error,
+            )
+    return encoded
 
 
 def _not_saved(step: int) -> StoreUnavailableError:
