@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from data_service.batches import Batches
-from launch.config import RunConfig
+from launch.config import RunConfig, of_the_world
 from launch.world import World, fingerprint
 from storage.errors import ConfigurationError
 from trainer.model import initial_model, padded_vocabulary, parameter_count
@@ -21,15 +21,24 @@ logger = logging.getLogger(__name__)
 def settled(config: RunConfig, world: World) -> RunConfig:
     """The configuration with `auto` values resolved for this world.
 
-    Refuses a world that is too large, and one of unlike devices, whose bits would differ.
+    Refuses a world that is too large, and one of unlike devices or unlike configurations, whose
+    bits would differ.
     """
-    kinds = world.gather(fingerprint(world.device))
-    for rank, kind in enumerate(kinds):
-        if kind != kinds[0]:
+    told = world.gather([fingerprint(world.device), of_the_world(config)])
+    first, asked = told[0]
+    for rank, (kind, wanted) in enumerate(told):
+        if kind != first:
             raise ConfigurationError(
                 f"all processes need the same device and torch, or their bits differ: rank {rank} "
-                f"has {kind}, rank 0 has {kinds[0]}"
+                f"has {kind}, rank 0 has {first}"
             )
+        for name in sorted(asked.keys() | wanted.keys()):
+            if wanted.get(name) != asked.get(name):
+                raise ConfigurationError(
+                    f"all processes need the same configuration: rank {rank} was started with "
+                    f"{name} {wanted.get(name)!r}, rank 0 with {asked.get(name)!r}. Start every "
+                    "host with the same command"
+                )
     if world.size > config.batch.virtual_ranks:
         raise ConfigurationError(
             f"{world.size} processes cannot share {config.batch.virtual_ranks} virtual ranks: "
