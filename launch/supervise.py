@@ -37,6 +37,7 @@ FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 300.0
 BUSY_WAIT_SECONDS = 15.0
 JUDGE_SECONDS = 60
+"""How long a store may take to answer while something is minded, which goes on without it then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -245,7 +246,7 @@ def supervise(
 
         def outdated(elastic: Elastic, joined: Joined) -> str:
             try:
-                return beside(lambda: elastic.outdated(joined), noticed)
+                return beside(lambda: elastic.outdated(joined), noticed, JUDGE_SECONDS)
             except TimeoutError:
                 return ""
 
@@ -276,7 +277,7 @@ def supervise(
 
         def still_ours(elastic: Elastic) -> bool:
             try:
-                return beside(elastic.still_ours, noticed)
+                return beside(elastic.still_ours, noticed, JUDGE_SECONDS)
             except TimeoutError:
                 return True
 

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import launch.elastic
 import launch.hang
+import launch.rendezvous
 import launch.reporting
 import launch.start
 import launch.supervise
@@ -51,6 +52,19 @@ def run(control: str, arguments: list[str]) -> int:
         launch.elastic.for_several_hosts = lambda arguments: True
         launch.elastic.Elastic.join = lambda elastic, pause: (
             print("joining", flush=True),
+            threading.Event().wait(),
+        )
+    elif control == "fake-hanging-question":  # not broken: whether hosts meet there is not known
+        launch.start.LOOK_SECONDS, launch.start.OUTDATED_SECONDS = 0.01, 0.0
+        launch.supervise.JUDGE_SECONDS = 0.1
+        launch.elastic.for_several_hosts = lambda arguments: True
+        launch.elastic.Elastic.join = lambda elastic, pause: launch.elastic.Joined(
+            place=launch.rendezvous.Place(number=1, address="a", port=1, host="a"),
+            arguments=tuple(elastic._arguments),
+            environment={},
+        )
+        launch.elastic.Elastic.outdated = lambda elastic, joined: (
+            print("asking", flush=True),
             threading.Event().wait(),
         )
     elif control == "fake-impatient":  # not broken: with less patience for an agent

@@ -284,6 +284,12 @@ def test_a_notice_while_a_store_hangs_is_heard_at_once() -> None:
         assert "a notice before the hosts met; exit code 75" in supervised.output()
 
 
+def test_ranks_are_minded_though_a_store_hangs() -> None:
+    with Supervised(1, "step=3", control="fake-hanging-question") as supervised:
+        supervised.line("asking")
+        assert supervised.end() == COMPLETE
+
+
 def test_a_notice_file_is_a_notice(tmp_path: Path) -> None:
     path = tmp_path / "leave"
     with Supervised(1, f"{READY},wait,exit=75", f"--notice_file={path}") as program:
