@@ -12,6 +12,8 @@ from storage.ending import end_process
 
 RANKS_FAILED = 1
 """torchrun's own: what the ranks have told the supervisor says more."""
+NOT_REACHED = 69
+"""The place where the hosts meet could not be connected to, or not any more."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -20,7 +22,7 @@ def main(arguments: Sequence[str]) -> int:
     from torch.distributed import DistNetworkError, DistStoreError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.elastic.rendezvous.api import RendezvousError
+    from torch.distributed.elastic.rendezvous.api import RendezvousConnectionError, RendezvousError
     from torch.distributed.run import main as torchrun
 
     try:
@@ -32,7 +34,8 @@ def main(arguments: Sequence[str]) -> int:
         return PERMANENT if stop.code else COMPLETE
     except (RendezvousError, DistNetworkError, DistStoreError) as error:
         sys.stderr.write(f"error: the hosts did not come together: {error}\n")
-        return START_AGAIN
+        met = not isinstance(error, RendezvousConnectionError | DistNetworkError | DistStoreError)
+        return START_AGAIN if met else NOT_REACHED
     except SignalException as error:
         sys.stderr.write(f"error: torchrun was stopped: {error}\n")
         return START_AGAIN

@@ -194,7 +194,7 @@ def supervise(
 ) -> int:
     """Assemble the parts, and mind the run."""
     from launch.beside import beside
-    from launch.elastic import Elastic, Joined, for_several_hosts
+    from launch.elastic import Elastic, Joined, RunIsCompleteError, for_several_hosts
     from launch.health import Condition, Health
     from launch.metadata import NoticeWatch, clouds
     from launch.minded import adopt_orphans
@@ -257,6 +257,8 @@ def supervise(
                     joined = beside(lambda: elastic.join(wake.wait_out), noticed)
                 except (RunBusyError, StoreUnavailableError) as error:
                     return not_begun(str(error), busy=isinstance(error, RunBusyError))
+                except RunIsCompleteError as error:
+                    return replace(not_begun(str(error)), code=COMPLETE)
                 except TimeoutError:
                     joined = None
                 if joined is None:
@@ -271,6 +273,8 @@ def supervise(
                 outdated=partial(outdated, elastic, joined) if elastic and joined else None,
                 looked=condition.looked,
             ).run()
+            if came.not_reached and elastic is not None and joined is not None:
+                elastic.not_reached(joined)
             if came.code == FENCED and elastic is not None and still_ours(elastic):
                 return replace(came, code=START_AGAIN)  # the others went on without this host
             return came

@@ -11,7 +11,10 @@ import torch.distributed as dist
 import torch.distributed.run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.elastic.rendezvous.api import RendezvousTimeoutError
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+)
 
 import launch.agent
 from launch.exit_codes import COMPLETE, INTERNAL, PERMANENT, START_AGAIN
@@ -43,7 +46,8 @@ def parent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         (SystemExit(2), PERMANENT),
         (SystemExit(0), COMPLETE),
         (RendezvousTimeoutError("nobody came"), START_AGAIN),
-        (dist.DistNetworkError("refused"), START_AGAIN),
+        (RendezvousConnectionError("refused"), launch.agent.NOT_REACHED),
+        (dist.DistNetworkError("refused"), launch.agent.NOT_REACHED),
         (SignalException("stopped", signal.SIGTERM), START_AGAIN),
         (ValueError("nproc_per_node"), INTERNAL),
     ],
