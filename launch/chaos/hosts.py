@@ -81,6 +81,14 @@ class Host:
         """The link works again."""
         self._network.ip(f"link set {self._port} up")
 
+    def freeze(self) -> None:
+        """Every process of it stops. Its kernel still takes connections, which nobody answers."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """They go on."""
+        self._signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """As a loss of power: the link is down, and then every process ends at once."""
         self.cut()
@@ -89,6 +97,14 @@ class Host:
     def end(self) -> None:
         """End every process of it."""
         self._init.end()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To all processes but process 1."""
+        space = str(Path(f"/proc/{self._init.pid}/ns/pid").readlink())
+        for pid in processes_of(space):
+            if pid != self._init.pid:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
 
 class Network:
