@@ -8,7 +8,7 @@ import torch
 from data_service.batches import Batches
 from launch.config import RunConfig, of_the_world
 from launch.world import World, fingerprint
-from storage.errors import ConfigurationError
+from storage.errors import UnlikeHostsError
 from trainer.model import initial_model, padded_vocabulary, parameter_count
 from trainer.numerics import make_scaler, resolve_precision, set_up_numerics
 from trainer.optimizer import make_optimizer
@@ -28,19 +28,19 @@ def settled(config: RunConfig, world: World) -> RunConfig:
     first, asked = told[0]
     for rank, (kind, wanted) in enumerate(told):
         if kind != first:
-            raise ConfigurationError(
+            raise UnlikeHostsError(
                 f"all processes need the same device and torch, or their bits differ: rank {rank} "
                 f"has {kind}, rank 0 has {first}"
             )
         for name in sorted(asked.keys() | wanted.keys()):
             if wanted.get(name) != asked.get(name):
-                raise ConfigurationError(
+                raise UnlikeHostsError(
                     f"all processes need the same configuration: rank {rank} was started with "
                     f"{name} {wanted.get(name)!r}, rank 0 with {asked.get(name)!r}. Start every "
                     "host with the same command"
                 )
     if world.size > config.batch.virtual_ranks:
-        raise ConfigurationError(
+        raise UnlikeHostsError(
             f"{world.size} processes cannot share {config.batch.virtual_ranks} virtual ranks: "
             f"start at most {config.batch.virtual_ranks}, or a new run with more --virtual_ranks"
         )

@@ -18,6 +18,7 @@ from storage.errors import (
     RangeFlowError,
     StoreRefusedError,
     StoreUnavailableError,
+    UnlikeHostsError,
 )
 from storage.log import Log
 from storage.probe import probe
@@ -119,7 +120,7 @@ def _refuse_another_run(told: Sequence[Sequence[str]]) -> None:
                 f"rank {rank} does not find the run, and all hosts need the same store: {why_not}"
             )
         if run != told[0][0]:
-            raise ConfigurationError(
+            raise UnlikeHostsError(
                 f"rank {rank} finds run {run} at its --run, and rank 0 {told[0][0]}: all hosts "
                 "need the same store"
             )

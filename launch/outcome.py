@@ -15,7 +15,8 @@ _PRIORITY = (PERMANENT, FENCED, START_AGAIN)
 class Outcome:
     """`cause` is for people. `busy` when another incarnation is alive on the run.
 
-    `not_reached` when no rank began, since torchrun could not connect to where the hosts meet.
+    `not_reached` when no rank began, since torchrun could not connect to where the hosts meet;
+    `unlike` when the hosts that met cannot train together.
     """
 
     code: int
@@ -24,6 +25,7 @@ class Outcome:
     run: str = ""
     busy: bool = False
     not_reached: bool = False
+    unlike: bool = False
 
 
 def outcome(
@@ -69,6 +71,7 @@ def outcome(
         run=reports.run,
         busy=said is not None and said.kind == "RunBusyError",
         not_reached=not_reached and not reports.places,
+        unlike=any(e.kind == "UnlikeHostsError" for e in reports.exits),
     )
 
 

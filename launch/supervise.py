@@ -250,6 +250,8 @@ def supervise(
             except TimeoutError:
                 return ""
 
+        trained = [False]
+
         def begun() -> "Outcome":
             joined = None
             if elastic is not None:
@@ -273,11 +275,20 @@ def supervise(
                 outdated=partial(outdated, elastic, joined) if elastic and joined else None,
                 looked=condition.looked,
             ).run()
+            trained[0] = trained[0] or came.ended.reached > 0
+            if came.unlike and elastic is not None and trained[0]:
+                return without_the_newcomer(came)
             if came.not_reached and elastic is not None and joined is not None:
                 elastic.not_reached(joined)
             if came.code == FENCED and elastic is not None and still_ours(elastic):
                 return replace(came, code=START_AGAIN)  # the others went on without this host
             return came
+
+        def without_the_newcomer(came: "Outcome") -> "Outcome":
+            """This host has trained the run with others: who came since must leave, with 78."""
+            return replace(
+                came, code=START_AGAIN, ended=replace(came.ended, error="", in_order=True)
+            )
 
         def still_ours(elastic: Elastic) -> bool:
             try:

@@ -32,6 +32,16 @@ def quick_at_step_3(watch: launch.hang.HangWatch, kind: str) -> float:
     return 0.3 if [work.step for work in watch._work.values()] == [3, 3] else 1e9
 
 
+def meet() -> None:
+    """Several hosts are at a place, each time."""
+    launch.elastic.for_several_hosts = lambda arguments: True
+    launch.elastic.Elastic.join = lambda elastic, pause: launch.elastic.Joined(
+        place=launch.rendezvous.Place(number=1, address="a", port=1, host="a"),
+        arguments=tuple(elastic._arguments),
+        environment={},
+    )
+
+
 def run(control: str, arguments: list[str]) -> int:
     launch.supervise.FIRST_WAIT_SECONDS = 0.01
     if control == "fake-without-pdeathsig":
@@ -54,15 +64,12 @@ def run(control: str, arguments: list[str]) -> int:
             print("joining", flush=True),
             threading.Event().wait(),
         )
+    elif control == "fake-several-hosts":  # not broken: they have met
+        meet()
     elif control == "fake-hanging-question":  # not broken: whether hosts meet there is not known
         launch.start.LOOK_SECONDS, launch.start.OUTDATED_SECONDS = 0.01, 0.0
         launch.supervise.JUDGE_SECONDS = 0.1
-        launch.elastic.for_several_hosts = lambda arguments: True
-        launch.elastic.Elastic.join = lambda elastic, pause: launch.elastic.Joined(
-            place=launch.rendezvous.Place(number=1, address="a", port=1, host="a"),
-            arguments=tuple(elastic._arguments),
-            environment={},
-        )
+        meet()
         launch.elastic.Elastic.outdated = lambda elastic, joined: (
             print("asking", flush=True),
             threading.Event().wait(),

@@ -290,6 +290,14 @@ def test_ranks_are_minded_though_a_store_hangs() -> None:
         assert supervised.end() == COMPLETE
 
 
+def test_a_host_that_has_trained_goes_on_without_a_newcomer_that_does_not_fit() -> None:
+    with Supervised(1, "unlike", control="fake-several-hosts") as newcomer:
+        assert newcomer.end() == PERMANENT
+    with Supervised(1, "step=3,unlike/unlike/step=4", control="fake-several-hosts") as veteran:
+        assert veteran.end() == COMPLETE
+        assert veteran.output().count("with another torch; starting again") == 2
+
+
 def test_a_notice_file_is_a_notice(tmp_path: Path) -> None:
     path = tmp_path / "leave"
     with Supervised(1, f"{READY},wait,exit=75", f"--notice_file={path}") as program:
