@@ -39,7 +39,7 @@ class Reach(Enum):
     OPEN = "is open"
     REFUSED = "is on a host that answers, where nothing listens"
     SILENT = "does not answer"
-    DEAF = "takes connections, and torchrun found nobody there"
+    DEAF = "takes connections, and nobody answers"
 
 
 PATIENCE_SECONDS = {Reach.REFUSED: 60.0, Reach.SILENT: 6.0, Reach.DEAF: 6.0}
@@ -159,8 +159,8 @@ class Watch:
 class Membership:
     """This host's part in the agreement. `job` must be the same on all hosts of a job.
 
-    `deaf` are the numbers of places that torchrun could not use, though one could connect: another
-    program has that port now, or the host there is frozen.
+    `deaf` are the numbers of places where nobody answered torchrun, though one could connect:
+    another program has that port now, or the host there is frozen.
     """
 
     def __init__(
