@@ -99,12 +99,12 @@ class Host:
         self._init.end()
 
     def _signal(self, number: signal.Signals) -> None:
-        """To all processes but process 1."""
+        """To all processes but process 1; and to who entered the host, and stops as they do."""
         space = str(Path(f"/proc/{self._init.pid}/ns/pid").readlink())
-        for pid in processes_of(space):
-            if pid != self._init.pid:
-                with suppress(ProcessLookupError):
-                    os.kill(pid, number)
+        inside = set(processes_of(space)) - {self._init.pid}
+        for pid in inside | {_parent(pid) for pid in inside} - {self._init.pid, 0}:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 class Network:
@@ -178,6 +178,13 @@ def processes_of(namespace: str) -> list[int]:
         except OSError:
             continue  # it has ended
     return found
+
+
+def _parent(pid: int) -> int:
+    """The process above this one; 0 when this one has ended."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
 
 
 class _Init:
