@@ -280,7 +280,14 @@ def supervise(
                 return without_the_newcomer(came)
             if came.not_reached and elastic is not None and joined is not None:
                 elastic.not_reached(joined)
-            if came.code == FENCED and elastic is not None and still_ours(elastic):
+            trains = came.ended.generation > 0 or came.code == FENCED
+            if elastic is None or came.code in (COMPLETE, PERMANENT) or not trains:
+                return came
+            if not still_ours(elastic):  # also where a lost peer was noticed before the fence
+                return replace(
+                    came, code=FENCED, cause=f"another job has claimed the run; {came.cause}"
+                )
+            if came.code == FENCED:
                 return replace(came, code=START_AGAIN)  # the others went on without this host
             return came
 

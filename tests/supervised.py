@@ -66,6 +66,9 @@ def run(control: str, arguments: list[str]) -> int:
         )
     elif control == "fake-several-hosts":  # not broken: they have met
         meet()
+    elif control == "fake-other-job":  # not broken: another job has claimed the run
+        meet()
+        launch.elastic.Elastic.still_ours = lambda elastic: False
     elif control == "fake-hanging-question":  # not broken: whether hosts meet there is not known
         launch.start.LOOK_SECONDS, launch.start.OUTDATED_SECONDS = 0.01, 0.0
         launch.supervise.JUDGE_SECONDS = 0.1

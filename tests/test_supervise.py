@@ -290,6 +290,16 @@ def test_ranks_are_minded_though_a_store_hangs() -> None:
         assert supervised.end() == COMPLETE
 
 
+@pytest.mark.parametrize("code", [FENCED, START_AGAIN, INTERNAL])
+def test_a_host_whose_run_another_job_has_claimed_stops(code: int) -> None:
+    """Whatever it noticed first. One that only waited has not been fenced."""
+    starts = f"exit=75/run=r@1,step=3,exit={code}"
+    with Supervised(1, starts, control="fake-other-job") as program:
+        assert program.end() == FENCED
+        assert "another job has claimed the run; " in program.output()
+        assert program.output().count("starting again") == 1
+
+
 def test_a_host_that_has_trained_goes_on_without_a_newcomer_that_does_not_fit() -> None:
     with Supervised(1, "unlike", control="fake-several-hosts") as newcomer:
         assert newcomer.end() == PERMANENT
