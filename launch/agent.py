@@ -27,7 +27,7 @@ NOT_REACHED = 69
 PLACE_VARIABLE = "RANGEFLOW_PLACE"
 """In its environment: that place, ADDRESS:PORT, unless it is this host."""
 ANSWER_SECONDS = 20.0
-ASK_SECONDS = 5.0
+ASK_SECONDS = 30.0
 
 
 def main(arguments: Sequence[str]) -> int:
