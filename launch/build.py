@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 
 from data_service.batches import Batches
-from launch.config import RunConfig
+from launch.config import RunConfig, of_the_world
 from launch.world import World, fingerprint
-from storage.errors import ConfigurationError
+from storage.errors import ConfigurationError, UnlikeHostsError
 from trainer.model import GPT, initial_model, padded_vocabulary, parameter_count
 from trainer.numerics import (
     Precision,
@@ -28,17 +28,26 @@ logger = logging.getLogger(__name__)
 def settled(config: RunConfig, world: World) -> RunConfig:
     """The configuration with `auto` values resolved for this world.
 
-    Refuses a world that is too large, and one of unlike devices, whose bits would differ.
+    Refuses a world that is too large, and one of unlike devices or unlike configurations, whose
+    bits would differ.
     """
-    kinds = world.gather(fingerprint(world.device))
-    for rank, kind in enumerate(kinds):
-        if kind != kinds[0]:
-            raise ConfigurationError(
+    told = world.gather([fingerprint(world.device), of_the_world(config)])
+    first, asked = told[0]
+    for rank, (kind, wanted) in enumerate(told):
+        if kind != first:
+            raise UnlikeHostsError(
                 f"all processes need the same device and torch, or their bits differ: rank {rank} "
-                f"has {kind}, rank 0 has {kinds[0]}"
+                f"has {kind}, rank 0 has {first}"
             )
+        for name in sorted(asked.keys() | wanted.keys()):
+            if wanted.get(name) != asked.get(name):
+                raise UnlikeHostsError(
+                    f"all processes need the same configuration: rank {rank} was started with "
+                    f"{name} {wanted.get(name)!r}, rank 0 with {asked.get(name)!r}. Start every "
+                    "host with the same command"
+                )
     if world.size > config.batch.virtual_ranks:
-        raise ConfigurationError(
+        raise UnlikeHostsError(
             f"{world.size} processes cannot share {config.batch.virtual_ranks} virtual ranks: "
             f"start at most {config.batch.virtual_ranks}, or a new run with more --virtual_ranks"
         )

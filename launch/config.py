@@ -174,6 +174,37 @@ def fields_of_kind(config: RunConfig, kind: str) -> dict[str, Any]:
     return found
 
 
+_OF_A_HOST = frozenset(
+    {
+        "run",
+        "preset",
+        "config",
+        "data_alternate",
+        "cache_dir",
+        "cache_gigabytes",
+        "grace_seconds",
+        "take_over",
+        "accept_change",
+        "allow_unfenced_store",
+    }
+)
+"""Fields that may differ between the processes of a world: paths, and what rank 0 alone heeds."""
+
+
+def of_the_world(config: RunConfig) -> dict[str, Any]:
+    """What all processes of a world must have the same, by dotted name, as JSON.
+
+    Of sources their names and weights, of the local tier whether there is one: where they lie may
+    differ between hosts.
+    """
+    kinds = ("identity", "schedule", "runtime")
+    fields = {n: v for kind in kinds for n, v in fields_of_kind(config, kind).items()}
+    flags = sorted((flag.name, flag.weight) for flag in map(parse_data_flag, config.data))
+    fields["data"] = [list(flag) for flag in flags]
+    fields["local_tier"] = bool(config.local_tier)
+    return {name: value for name, value in fields.items() if name not in _OF_A_HOST}
+
+
 def parse_config(arguments: Sequence[str]) -> RunConfig | None:
     """The configuration that the arguments ask for; None when help was asked for and given.
 

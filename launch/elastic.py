@@ -11,12 +11,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.rendezvous import Membership, Place, Reach, Watch
+from launch.agent import PLACE_VARIABLE
+from launch.rendezvous import LOOK_SECONDS, Membership, Owner, Place, Reach, Watch
 from storage.errors import ConfigurationError, StoreUnavailableError
 from storage.store import open_store
 
 VARIABLE = "RANGEFLOW_RENDEZVOUS"
 """In the environment of the ranks: the number of the place where their world came together."""
+JOB_VARIABLE = "RANGEFLOW_JOB"
+"""There as well: the job, as the user named it."""
 
 PORT = 29400
 """torchrun's own, or any that is free."""
@@ -33,6 +36,10 @@ class Joined:
     place: Place
     arguments: tuple[str, ...]
     environment: dict[str, str]
+
+
+class RunIsCompleteError(Exception):
+    """The other hosts have brought the run to its end: nobody will come to train with this one."""
 
 
 class Elastic:
@@ -52,14 +59,19 @@ class Elastic:
         self._store = open_store(run_of(arguments))
         self._say = say
         self._membership: Membership | None = None
+        self._deaf: set[int] = set()
+        self._address = ""
+        self._was_open = False
 
     def join(self, pause: Callable[[float], bool]) -> Joined | None:
         """Wait until it is known where the hosts meet; None when a notice came meanwhile.
 
-        Raises as `Membership.look` does, and ConfigurationError when this host's address cannot be
-        found out.
+        Raises as `Membership.look` does, RunIsCompleteError when the other hosts have ended the
+        run, and ConfigurationError when this host never had an address that can be found out.
         """
-        address = self._given_address or own_address()
+        address = self._wait_for_address(pause)
+        if address is None:
+            return None
         if self._membership is None or self._membership.address != address:
             self._membership = self._member(address)
         found = self._membership.join(pause)
@@ -74,25 +86,28 @@ class Elastic:
             arguments=(
                 "--rdzv-backend=c10d",
                 f"--rdzv-endpoint={place.address}:{place.port}",
-                f"--rdzv-id={self._job}",
+                f"--rdzv-id={'-'.join(filter(None, [self._job, place.token]))}",
                 f"--rdzv-conf={','.join(filter(None, settings))}",
                 f"--local-addr={address}",
-                *_without(self._arguments, "rdzv-conf"),
+                *_without(_without(self._arguments, "rdzv-conf"), "rdzv-id"),
             ),
-            environment={VARIABLE: str(place.number)}
+            environment={VARIABLE: str(place.number), JOB_VARIABLE: self._job}
+            | ({} if holds else {PLACE_VARIABLE: f"{place.address}:{place.port}"})
             | ({"GLOO_SOCKET_IFNAME": interface} if interface else {}),
         )
 
     def _member(self, address: str) -> Membership:
+        watch = Watch(self._store)
         return Membership(
             self._store,
             job=self._job,
             address=address,
             host=socket.gethostname(),
-            owner=Watch(self._store),
+            owner=lambda: self._unless_complete(watch()),
             reach=reached,
             free_port=free_port,
             say=self._say,
+            deaf=self._deaf,
         )
 
     def outdated(self, joined: Joined) -> str:
@@ -106,6 +121,12 @@ class Elastic:
             return self._membership.outdated(joined.place)
         except StoreUnavailableError:
             return ""
+        except RunIsCompleteError as error:
+            return str(error)
+
+    def not_reached(self, joined: Joined) -> None:
+        """torchrun could not connect to this place: unless somebody lives there, make another."""
+        self._deaf.add(joined.place.number)
 
     def still_ours(self) -> bool:
         """Whether the run's newest incarnation is of this job, as far as the store tells."""
@@ -114,6 +135,35 @@ class Elastic:
         except StoreUnavailableError:
             return True
         return owner is None or owner.job == self._job
+
+    def _wait_for_address(self, pause: Callable[[float], bool]) -> str | None:
+        """This host's address; None when a notice came before it had one again."""
+        if self._given_address:
+            return self._given_address
+        lost = False
+        while True:
+            try:
+                self._address = own_address()
+                return self._address
+            except ConfigurationError:
+                if not self._address:
+                    raise
+            if not lost:
+                self._say("waiting: this host has lost its address")
+                lost = True
+            if not pause(LOOK_SECONDS):
+                return None
+
+    def _unless_complete(self, owner: Owner | None) -> Owner | None:
+        """Raises RunIsCompleteError when this job's other hosts have ended it since it was open."""
+        if owner is None or owner.ended_at is None:
+            self._was_open = True
+            return owner
+        asked = _option(self._arguments, "max-steps") or "0"
+        further = asked.isdecimal() and int(asked) > owner.ended_at
+        if self._was_open and owner.job == self._job and not further:
+            raise RunIsCompleteError("the run is complete")
+        return owner
 
 
 def for_several_hosts(arguments: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,13 @@ from launch.config import FIXED, RunConfig, fields_of_kind
 from launch.phase import Phase
 from launch.rendezvous import FOLDER
 from launch.world import World, fingerprint
-from storage.errors import ConfigurationError, StoreRefusedError
+from storage.errors import (
+    ConfigurationError,
+    RangeFlowError,
+    StoreRefusedError,
+    StoreUnavailableError,
+    UnlikeHostsError,
+)
 from storage.log import Log
 from storage.probe import probe
 from storage.store import Store
@@ -33,7 +40,7 @@ def open_run(store: Store, config: RunConfig, world: World, announce: Phase) -> 
     """Probe the store, compare the configuration, and claim the run, on rank 0 for all.
 
     A run that has reached its last step is complete, and is not claimed. Every error of rank 0 is
-    raised on every rank.
+    raised on every rank; so is that a host has another run at its --run, or none.
     """
     owner: list[Incarnation] = []
 
@@ -48,6 +55,8 @@ def open_run(store: Store, config: RunConfig, world: World, announce: Phase) -> 
         return incarnation.generation
 
     generation = world.on_rank_0(work)
+    if not world.one_host:
+        _refuse_another_run(world.gather(_seen(store)))
     return OpenRun(
         complete=generation == 0,
         generation=generation,
@@ -93,6 +102,28 @@ def _open(store: Store, config: RunConfig, world: World, announce: Phase) -> Inc
         time.sleep(seconds)
 
     return claim_run(store, log, body=body, take_over=config.take_over, sleep=wait)
+
+
+def _seen(store: Store) -> list[str]:
+    """The run that this process finds in the store, and the reason when it finds none."""
+    try:
+        return [str(read_run(store)["run"]), ""]
+    except RangeFlowError as error:
+        return ["", str(error)]
+
+
+def _refuse_another_run(told: Sequence[Sequence[str]]) -> None:
+    """What a host writes elsewhere is in no checkpoint, and what it reads there is of another."""
+    for rank, (run, why_not) in enumerate(told):
+        if why_not:  # it may be mounted later
+            raise StoreUnavailableError(
+                f"rank {rank} does not find the run, and all hosts need the same store: {why_not}"
+            )
+        if run != told[0][0]:
+            raise UnlikeHostsError(
+                f"rank {rank} finds run {run} at its --run, and rank 0 {told[0][0]}: all hosts "
+                "need the same store"
+            )
 
 
 def _existing_run(store: Store) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 import signal
 from dataclasses import dataclass
 
+from launch.agent import NOT_REACHED
 from launch.crash_loop import Ended
 from launch.exit_codes import COMPLETE, FENCED, FINAL, INTERNAL, PERMANENT, START_AGAIN
 from launch.reporting import Exit, Place, Reports
@@ -12,13 +13,19 @@ _PRIORITY = (PERMANENT, FENCED, START_AGAIN)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """`cause` is for people. `busy` when another incarnation is alive on the run."""
+    """`cause` is for people. `busy` when another incarnation is alive on the run.
+
+    `not_reached` when no rank began, since torchrun could not connect to where the hosts meet;
+    `unlike` when the hosts that met cannot train together.
+    """
 
     code: int
     cause: str
     ended: Ended
     run: str = ""
     busy: bool = False
+    not_reached: bool = False
+    unlike: bool = False
 
 
 def outcome(
@@ -30,6 +37,8 @@ def outcome(
     nobody's own error, so that the one that caused it is named. That other hosts were lost, or not
     met, is in order: those that have a defect know it themselves.
     """
+    not_reached = status == NOT_REACHED
+    status = START_AGAIN if not_reached else status
     own = next((e for e in reports.exits if e.own), None)
     said = own or next((e for e in reports.exits if e.code), None)
     codes = {e.code for e in reports.exits}
@@ -61,6 +70,8 @@ def outcome(
         ),
         run=reports.run,
         busy=said is not None and said.kind == "RunBusyError",
+        not_reached=not_reached and not reports.places,
+        unlike=any(e.kind == "UnlikeHostsError" for e in reports.exits),
     )
 
 

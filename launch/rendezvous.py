@@ -14,8 +14,9 @@ does not reach the place of a live run waits.
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import uuid
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,10 @@ class Reach(Enum):
     OPEN = "is open"
     REFUSED = "is on a host that answers, where nothing listens"
     SILENT = "does not answer"
+    DEAF = "takes connections, and nobody answers"
 
 
-PATIENCE_SECONDS = {Reach.REFUSED: 60.0, Reach.SILENT: 6.0}
+PATIENCE_SECONDS = {Reach.REFUSED: 60.0, Reach.SILENT: 6.0, Reach.DEAF: 6.0}
 """How long the place of the last world may be unreachable, once nobody lives on the run, before
 another is made. Where a host answers, its agent may be about to start."""
 NEW_PLACE_SECONDS = 60.0
@@ -54,12 +56,16 @@ _LOOKING_SECONDS = 30.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
-    """Where the hosts meet. `host` is for people."""
+    """Where the hosts meet. `host` is for people.
+
+    `token` tells this run's hosts from another's, who meet at the same address later.
+    """
 
     number: int
     address: str
     port: int
     host: str
+    token: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +81,8 @@ class Owner:
     live: bool | None
     said: str = ""
     """Host, process, phase and step, for people."""
+    ended_at: int | None = None
+    """The step with which it has brought the run to its end, if it has."""
 
 
 class Verdict(Enum):
@@ -139,6 +147,7 @@ class Watch:
             self._beat, self._heard, self._news = beat, True, self._clock()
         body = past.claim.body if past.claim is not None else {}
         process = body.get("owner", {})
+        end = past.end
         quiet = self._clock() - self._news >= 2 * BEAT_SECONDS
         gone = bool(beat.get("left")) or provably_gone(process) or quiet
         return Owner(
@@ -148,6 +157,7 @@ class Watch:
             live=False if gone else True if self._heard else None,
             said=f"host {process.get('host', 'unknown')}, process {process.get('pid')}, in phase "
             f"{beat.get('phase')!r} at step {beat.get('step')}",
+            ended_at=end.body["step"] if end and end.generation == past.generation else None,
         )
 
 
@@ -155,6 +165,8 @@ class Membership:
     """This host's part in the agreement. `job` must be the same on all hosts of a job.
 
     Use one for all starts: what was seen while an agent waited in vain need not be seen again.
+    `deaf` are the numbers of places where nobody answered torchrun, though one could connect:
+    another program has that port now, or the host there is frozen.
     """
 
     def __init__(
@@ -169,8 +181,10 @@ class Membership:
         free_port: Callable[[], int],
         clock: Callable[[], float] = time.monotonic,
         say: Callable[[str], None] = lambda text: None,
+        deaf: Collection[int] = (),
     ) -> None:
         self._store = store
+        self._deaf = deaf
         self._job = job
         self.address = address
         self._host = host
@@ -208,7 +222,12 @@ class Membership:
         place = self._places[number]
         reach = self._reach(place.address, place.port)
         mine = place.address == self.address
+        deaf = number in self._deaf and not (owner is not None and owner.live)
+        if deaf and reach is Reach.OPEN:
+            reach = Reach.DEAF
         seconds = self._seconds_unreachable(number, reach)
+        if deaf and mine:
+            mine, seconds = False, math.inf  # nobody else will listen there
         verdict = judge(
             reach,
             mine=mine,
@@ -271,7 +290,13 @@ class Membership:
 
     def _create(self, number: int) -> None:
         """Make the next place, here. Who loses the race reads who won."""
-        place = Place(number=number, address=self.address, port=self._free_port(), host=self._host)
+        place = Place(
+            number=number,
+            address=self.address,
+            port=self._free_port(),
+            host=self._host,
+            token=uuid.uuid4().hex[:12],
+        )
         self._store.put_if_absent(_key(number), canonical_json(asdict(place)))
         self._unreachable = None
 
@@ -308,6 +333,7 @@ def _decoded(data: bytes, number: int) -> Place:
     try:
         content = json.loads(data)
         address, port, host = str(content["address"]), int(content["port"]), str(content["host"])
+        token = str(content.get("token", ""))
     except (ValueError, KeyError, TypeError):
-        address, port, host = "0.0.0.0", 0, "unknown"
-    return Place(number=number, address=address, port=port, host=host)
+        address, port, host, token = "0.0.0.0", 0, "unknown", ""
+    return Place(number=number, address=address, port=port, host=host, token=token)

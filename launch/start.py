@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.descendants import descendants, kill_descendants, processes_below, reap, send
+from launch.exit_codes import COMPLETE
 from launch.hang import AwakeClock, HangWatch
 from launch.outcome import Outcome, not_begun, outcome
 from launch.reporting import VARIABLE, Place, Reports
@@ -187,7 +188,9 @@ class Start:
         if self._outdated is None or self._clock() - self._asked < OUTDATED_SECONDS:
             return ""
         self._asked = self._clock()
-        return "" if self._ranks() else self._outdated()
+        if self._ranks() or any(exit_.code == COMPLETE for exit_ in self._reports.exits):
+            return ""
+        return self._outdated()
 
     def _ranks(self) -> set[int]:
         """The ranks that live."""

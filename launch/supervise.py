@@ -37,6 +37,7 @@ FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 300.0
 BUSY_WAIT_SECONDS = 15.0
 JUDGE_SECONDS = 60
+"""How long a store may take to answer while something is minded, which goes on without it then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,7 +194,7 @@ def supervise(
 ) -> int:
     """Assemble the parts, and mind the run."""
     from launch.beside import beside
-    from launch.elastic import Elastic, Joined, for_several_hosts
+    from launch.elastic import Elastic, Joined, RunIsCompleteError, for_several_hosts
     from launch.health import Condition, Health
     from launch.metadata import NoticeWatch, clouds
     from launch.minded import adopt_orphans
@@ -245,9 +246,11 @@ def supervise(
 
         def outdated(elastic: Elastic, joined: Joined) -> str:
             try:
-                return beside(lambda: elastic.outdated(joined), noticed)
+                return beside(lambda: elastic.outdated(joined), noticed, JUDGE_SECONDS)
             except TimeoutError:
                 return ""
+
+        trained = [False]
 
         def begun() -> "Outcome":
             joined = None
@@ -256,6 +259,8 @@ def supervise(
                     joined = beside(lambda: elastic.join(wake.wait_out), noticed)
                 except (RunBusyError, StoreUnavailableError) as error:
                     return not_begun(str(error), busy=isinstance(error, RunBusyError))
+                except RunIsCompleteError as error:
+                    return replace(not_begun(str(error)), code=COMPLETE)
                 except TimeoutError:
                     joined = None
                 if joined is None:
@@ -270,13 +275,31 @@ def supervise(
                 outdated=partial(outdated, elastic, joined) if elastic and joined else None,
                 looked=condition.looked,
             ).run()
-            if came.code == FENCED and elastic is not None and still_ours(elastic):
+            trained[0] = trained[0] or came.ended.reached > 0
+            if came.unlike and elastic is not None and trained[0]:
+                return without_the_newcomer(came)
+            if came.not_reached and elastic is not None and joined is not None:
+                elastic.not_reached(joined)
+            trains = came.ended.generation > 0 or came.code == FENCED
+            if elastic is None or came.code in (COMPLETE, PERMANENT) or not trains:
+                return came
+            if not still_ours(elastic):  # also where a lost peer was noticed before the fence
+                return replace(
+                    came, code=FENCED, cause=f"another job has claimed the run; {came.cause}"
+                )
+            if came.code == FENCED:
                 return replace(came, code=START_AGAIN)  # the others went on without this host
             return came
 
+        def without_the_newcomer(came: "Outcome") -> "Outcome":
+            """This host has trained the run with others: who came since must leave, with 78."""
+            return replace(
+                came, code=START_AGAIN, ended=replace(came.ended, error="", in_order=True)
+            )
+
         def still_ours(elastic: Elastic) -> bool:
             try:
-                return beside(elastic.still_ours, noticed)
+                return beside(elastic.still_ours, noticed, JUDGE_SECONDS)
             except TimeoutError:
                 return True
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from launch.elastic import VARIABLE
+from launch.elastic import JOB_VARIABLE, VARIABLE
 from launch.links import leave, watched_hosts
 from storage import errors
 from storage.errors import ConfigurationError, RangeFlowError
@@ -140,7 +140,7 @@ def joined_world(
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     rank = int(os.environ.get("RANK", "0"))
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    job = os.environ.get(JOB_VARIABLE) or os.environ.get("TORCHELASTIC_RUN_ID", "none")
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
     place = int(os.environ.get(VARIABLE, "0"))
     with ExitStack() as stack:

@@ -3,6 +3,7 @@
 RangeFlowError                 an error with a message for people; never shown with a traceback
 |-- ConfigurationError         what was asked for cannot be done; no restart helps  (exit 78)
 |   |-- DataError              a source is missing, damaged or of the wrong kind
+|   |-- UnlikeHostsError       the processes of a world cannot train together
 |   `-- NoUsableCheckpointError  every checkpoint of the run is damaged
 |-- IntegrityError             bytes are not what their digest says                 (exit 78)
 |-- StoreUnavailableError      a store, disk or network failed; a restart may help  (exit 75)
@@ -28,6 +29,10 @@ class ConfigurationError(RangeFlowError):
 
 class DataError(ConfigurationError):
     """A source of tokens is missing, damaged, or not what the run expects."""
+
+
+class UnlikeHostsError(ConfigurationError):
+    """The processes of a world cannot train together: one of them was started with other things."""
 
 
 class NoUsableCheckpointError(ConfigurationError):

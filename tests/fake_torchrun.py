@@ -18,7 +18,7 @@ from launch.exit_codes import exit_code
 from launch.minded import die_with_parent, show_stacks_when_asked
 from launch.notice import Notice
 from launch.reporting import VARIABLE, Reporter, reporter
-from storage.errors import RunBusyError
+from storage.errors import RunBusyError, UnlikeHostsError
 
 
 def agent(parent: int, world: int, starts: list[str]) -> int:
@@ -100,6 +100,9 @@ def act(action: str, notice: Notice, report: Reporter) -> int | None:
     elif name == "busy":
         error = RunBusyError("the run is in use by generation 4 on host other, at step 7")
         return report.ended(exit_code(error), error)
+    elif name == "unlike":
+        unlike = UnlikeHostsError("a host with another torch")
+        return report.ended(exit_code(unlike), unlike)
     elif name == "error":
         return report.ended(70, ZeroDivisionError("a defect"))
     elif name == "exit":

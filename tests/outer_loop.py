@@ -13,7 +13,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from launch.elastic import Elastic, Joined
+from launch.elastic import Elastic, Joined, RunIsCompleteError
 from storage.errors import RangeFlowError
 
 
@@ -28,7 +28,10 @@ def say(text: str) -> None:
 
 def once(elastic: Elastic) -> int:
     """One start of torchrun; its exit code."""
-    joined = elastic.join(pause)
+    try:
+        joined = elastic.join(pause)
+    except RunIsCompleteError:
+        return 0
     assert joined is not None, "the pause never ends it"
     command = [sys.executable, "-m", "torch.distributed.run", *joined.arguments]
     environment = {**os.environ, **joined.environment, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

@@ -16,6 +16,7 @@ if __name__ == "__main__":
 
 import launch.elastic
 import launch.hang
+import launch.rendezvous
 import launch.reporting
 import launch.start
 import launch.supervise
@@ -29,6 +30,16 @@ def fake_command(grace_seconds: float, arguments: Sequence[str]) -> list[str]:
 
 def quick_at_step_3(watch: launch.hang.HangWatch, kind: str) -> float:
     return 0.3 if [work.step for work in watch._work.values()] == [3, 3] else 1e9
+
+
+def meet() -> None:
+    """Several hosts are at a place, each time."""
+    launch.elastic.for_several_hosts = lambda arguments: True
+    launch.elastic.Elastic.join = lambda elastic, pause: launch.elastic.Joined(
+        place=launch.rendezvous.Place(number=1, address="a", port=1, host="a"),
+        arguments=tuple(elastic._arguments),
+        environment={},
+    )
 
 
 def run(control: str, arguments: list[str]) -> int:
@@ -51,6 +62,19 @@ def run(control: str, arguments: list[str]) -> int:
         launch.elastic.for_several_hosts = lambda arguments: True
         launch.elastic.Elastic.join = lambda elastic, pause: (
             print("joining", flush=True),
+            threading.Event().wait(),
+        )
+    elif control == "fake-several-hosts":  # not broken: they have met
+        meet()
+    elif control == "fake-other-job":  # not broken: another job has claimed the run
+        meet()
+        launch.elastic.Elastic.still_ours = lambda elastic: False
+    elif control == "fake-hanging-question":  # not broken: whether hosts meet there is not known
+        launch.start.LOOK_SECONDS, launch.start.OUTDATED_SECONDS = 0.01, 0.0
+        launch.supervise.JUDGE_SECONDS = 0.1
+        meet()
+        launch.elastic.Elastic.outdated = lambda elastic, joined: (
+            print("asking", flush=True),
             threading.Event().wait(),
         )
     elif control == "fake-impatient":  # not broken: with less patience for an agent

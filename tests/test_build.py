@@ -6,7 +6,7 @@ import torch
 
 from data_service.batches import Batches
 from launch.build import build_training, settled
-from launch.config import RunConfig, parse_config
+from launch.config import RunConfig, of_the_world, parse_config
 from launch.world import World
 from storage.errors import ConfigurationError
 from tests.made_sources import made_source, plan_of
@@ -104,7 +104,7 @@ def test_the_operator_is_told_what_trains(tmp_path: Path, caplog: pytest.LogCapt
 def test_a_world_of_unlike_devices_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config, place = parse_config(SHAPE), world(0, 2)
     other = {"device": "NVIDIA T4", "torch": torch.__version__}
-    monkeypatch.setattr(place, "gather", lambda value: [value, other])
+    monkeypatch.setattr(place, "gather", lambda value: [value, [other, value[1]]])
     with pytest.raises(ConfigurationError, match=r"need the same device .* rank 1 has .*T4"):
         settled(config, place)
 
@@ -129,3 +129,35 @@ def test_a_chosen_attention_that_works_changes_no_random_number(tmp_path: Path) 
     before = torch.random.get_rng_state()
     build_training(config, world(), batches_of(tmp_path, config))
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (("--seed=1",), "seed 1, rank 0 with 0"),
+        (("--dropout=0.2",), "model.dropout 0.2, rank 0 with 0.0"),
+        (("--virtual_ranks=2",), "batch.virtual_ranks 2, rank 0 with 4"),
+        (("--max_steps=9",), "schedule.max_steps 9"),
+        (("--save_interval_steps=9",), "loop.save_interval_steps 9"),
+        (("--wait_for_saves",), "wait_for_saves True"),
+        (("--local_tier=/dev/shm/x",), "local_tier True, rank 0 with False"),
+        (("--data=a=/x",), r"data \[\['a', 1000000\]\], rank 0 with \[\]"),
+    ],
+)
+def test_a_world_of_unlike_configurations_is_refused(
+    flags: tuple[str, ...], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same shapes each rank would train its part in its own way, and nothing would show."""
+    place, theirs = world(0, 2), of_the_world(parse_config([*SHAPE, *flags]))
+    monkeypatch.setattr(place, "gather", lambda value: [value, [value[0], theirs]])
+    with pytest.raises(ConfigurationError, match=f"rank 1 was started with {named}"):
+        settled(parse_config(SHAPE), place)
+
+
+def test_hosts_may_have_their_files_at_different_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = [*SHAPE, "--run=/a", "--data=a=/x:2", "--local_tier=/b", "--cache_dir=/c"]
+    there = [*SHAPE, "--run=/d", "--data=a=/y:2", "--local_tier=/e", "--cache_dir=/f"]
+    place, theirs = world(0, 2), of_the_world(parse_config(there))
+    monkeypatch.setattr(place, "gather", lambda value: [value, [value[0], theirs]])
+    config = parse_config(here)
+    assert settled(config, place).data == config.data

@@ -8,9 +8,12 @@ import pytest
 
 from checkpointing.incarnation import claim_run
 from launch import elastic
+from launch.agent import PLACE_VARIABLE
 from launch.elastic import (
+    JOB_VARIABLE,
     VARIABLE,
     Elastic,
+    RunIsCompleteError,
     for_several_hosts,
     free_port,
     interface_of,
@@ -80,12 +83,16 @@ def test_torchrun_gets_the_place_and_keeps_what_the_user_set(
     assert joined.arguments == (
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint=10.1.2.3:{port}",
-        "--rdzv-id=j",
+        f"--rdzv-id=j-{joined.place.token}",
         f"--rdzv-conf={elastic.SETTINGS},join_timeout=60,is_host=1",
         "--local-addr=10.1.2.3",
-        *("--nnodes=1:3", "--local-addr=10.1.2.3", "--rdzv-id=j", TRAIN, "--run", str(tmp_path)),
+        *("--nnodes=1:3", "--local-addr=10.1.2.3", TRAIN, "--run", str(tmp_path)),
     )
-    assert joined.environment == {VARIABLE: "1", "GLOO_SOCKET_IFNAME": "eth7"}
+    assert joined.environment == {
+        VARIABLE: "1",
+        JOB_VARIABLE: "j",
+        "GLOO_SOCKET_IFNAME": "eth7",
+    }
     assert told == [f"the hosts meet at 10.1.2.3:{port}, number 1, here"]
     assert one.outdated(joined) == ""
     again = Elastic([*user, TRAIN, "--run", str(tmp_path)], lambda name: "mine", told.append)
@@ -101,6 +108,70 @@ def test_whether_the_run_is_still_this_jobs_is_read_from_its_newest_claim(tmp_pa
     for job, ours in (("j", True), ("another", False), ("j", True)):
         claim_run(store, Log(store), body={"job": job}, take_over=True)
         assert one.still_ours() == ours
+
+
+def test_a_host_whose_job_has_ended_the_run_meanwhile_waits_for_nobody(tmp_path: Path) -> None:
+    """Who was cut off while the others came to the end finds nobody to train with."""
+    store = open_store(str(tmp_path))
+    store.put("run.json", canonical_json(RUN))
+
+    def host(*flags: str) -> Elastic:
+        arguments = ["--local-addr=127.0.0.1", "--rdzv-id=j", TRAIN, f"--run={tmp_path}", *flags]
+        return Elastic(arguments, lambda name: None, print)
+
+    one, further, other = host(), host("--max_steps=9"), host("--rdzv-id=other")
+    joined = [each.join(lambda seconds: True) for each in (one, further, other)]
+    assert all(joined)
+    last = claim_run(store, Log(store), body={"job": "j"}, take_over=True)
+    last.append("END", lambda _: {"step": 8, "digest": "d"})
+    assert joined[0] is not None and one.outdated(joined[0]) == "the run is complete"
+    with pytest.raises(RunIsCompleteError):
+        one.join(lambda seconds: True)
+    assert host().join(lambda seconds: True), "it may have been started for more"
+    assert further.join(lambda seconds: True), "as this was"
+    assert other.join(lambda seconds: False) is None, "another job's end says nothing"
+
+
+def test_a_host_that_has_lost_its_address_waits_until_it_has_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its interface is down for a while: that is no mistake of the user's."""
+    answers: list[str | None] = ["10.1.2.3", None, None, "10.1.2.4"]
+
+    def address() -> str:
+        found = answers.pop(0)
+        if found is None:
+            raise ConfigurationError("this host's address is not known")
+        return found
+
+    monkeypatch.setattr(elastic, "own_address", address)
+    told: list[str] = []
+    one = Elastic([TRAIN, "--run", str(tmp_path)], lambda name: None, told.append)
+    assert one.join(lambda seconds: True) is not None
+    told.clear()
+    one.join(lambda seconds: bool(answers))
+    assert told[0] == "waiting: this host has lost its address" and not answers
+    answers += [None, None]
+    assert one.join(lambda seconds: len(answers) > 1) is None, "a notice"
+    with pytest.raises(ConfigurationError):
+        Elastic([TRAIN, f"--run={tmp_path}"], lambda name: None, print).join(lambda seconds: True)
+
+
+def test_a_place_that_torchrun_cannot_reach_is_left(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        arguments = ["--local-addr=127.0.0.1", TRAIN, f"--run={tmp_path}"]
+        one = Elastic(arguments, lambda name: None, print)
+        place = {"address": "127.0.0.1", "port": taken.getsockname()[1], "host": "x"}
+        open_store(str(tmp_path)).put("rendezvous/0000000001.json", canonical_json(place))
+        joined = one.join(lambda seconds: True)
+        assert joined is not None and joined.place.number == 1
+        assert "--rdzv-conf=last_call_timeout=5,is_host=0" in joined.arguments
+        assert joined.environment[PLACE_VARIABLE] == f"127.0.0.1:{taken.getsockname()[1]}"
+        one.not_reached(joined)
+        joined = one.join(lambda seconds: True)
+        assert joined is not None and joined.place.number == 2
+        assert "--rdzv-conf=last_call_timeout=5,is_host=1" in joined.arguments
+        assert PLACE_VARIABLE not in joined.environment
 
 
 def test_a_store_that_fails_ends_no_supervisor(

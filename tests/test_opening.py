@@ -145,6 +145,35 @@ def test_a_complete_run_is_claimed_for_more_steps(store: LocalStore) -> None:
     assert not run.complete and run.generation == 2
 
 
+class TwoHosts(World):
+    """Rank 0 of two, whose other host told `theirs` where this one tells what it finds."""
+
+    def __init__(self, theirs: object) -> None:
+        super().__init__(0, 1, CPU, "job-1", host_ranks=range(1))
+        self.size = 2
+        self._theirs = theirs
+
+    def gather(self, value: object) -> list[object]:
+        return [value, self._theirs if isinstance(value, list) else value]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "kind", "message"),
+    [
+        (["other", ""], ConfigurationError, r"rank 1 finds run other at its --run, and rank 0 "),
+        (["", "no run.json"], StoreUnavailableError, r"rank 1 does not find the run, .*no run\.j"),
+    ],
+)
+def test_hosts_that_do_not_share_a_store_are_refused(
+    theirs: list[str], kind: type[RangeFlowError], message: str, store: LocalStore
+) -> None:
+    """Or their part of every checkpoint would be written where nobody finds it."""
+    with pytest.raises(kind, match=message):
+        open_run(store, settings(), TwoHosts(theirs), Phase())
+    run = str(json.loads(store.get("run.json"))["run"])
+    assert open_run(store, settings(), TwoHosts([run, ""]), Phase()).generation == 2
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

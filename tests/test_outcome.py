@@ -5,11 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from launch.agent import NOT_REACHED
 from launch.exit_codes import exit_code
 from launch.links import HostLostError
 from launch.outcome import Outcome, outcome
 from launch.reporting import Reporter, Reports
-from storage.errors import ConfigurationError, FencedError, RunBusyError, StoreUnavailableError
+from storage.errors import (
+    ConfigurationError,
+    FencedError,
+    RunBusyError,
+    StoreUnavailableError,
+    UnlikeHostsError,
+)
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [10.0.0.2]:1")
 
@@ -158,6 +165,26 @@ def test_hosts_that_were_lost_or_not_met_are_no_defect_of_this_one(
     with Ranks(tmp_path / "none", 0) as none:
         assert none.outcome(75, several_hosts=True).ended.in_order
         assert not none.outcome(70, several_hosts=True).ended.in_order
+
+
+def test_a_place_that_torchrun_cannot_connect_to_is_told_from_ranks_that_lost_it(
+    two: Ranks, tmp_path: Path
+) -> None:
+    (tmp_path / "none").mkdir()
+    with Ranks(tmp_path / "none", 0) as none:
+        came = none.outcome(NOT_REACHED, several_hosts=True)
+        assert (came.code, came.ended.in_order, came.not_reached) == (75, True, True)
+        assert not none.outcome(75, several_hosts=True).not_reached
+    came = two.outcome(NOT_REACHED, several_hosts=True)
+    assert (came.code, came.not_reached) == (75, False), "they had met"
+
+
+def test_hosts_that_cannot_train_together_are_told_from_another_mistake(two: Ranks) -> None:
+    two.end(0, ConfigurationError("x"))
+    assert not two.outcome(1, several_hosts=True).unlike
+    two.end(1, UnlikeHostsError("rank 1 has another torch"))
+    came = two.outcome(1, several_hosts=True)
+    assert (came.code, came.unlike) == (78, True)
 
 
 def test_a_rank_of_this_host_that_died_without_a_word_is_its_defect(two: Ranks) -> None:

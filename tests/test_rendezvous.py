@@ -3,7 +3,7 @@
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -328,7 +328,7 @@ class Alone:
     said: list[str] = field(default_factory=list)
     reached: dict[str, Reach] = field(default_factory=dict)
 
-    def member(self, address: str = "a", job: str = "j") -> Membership:
+    def member(self, address: str = "a", job: str = "j", deaf: Collection[int] = ()) -> Membership:
         return Membership(
             self.store,
             job=job,
@@ -339,6 +339,7 @@ class Alone:
             free_port=lambda: 29400,
             clock=lambda: self.now,
             say=self.said.append,
+            deaf=deaf,
         )
 
     def pause(self, seconds: float) -> bool:
@@ -460,6 +461,33 @@ def test_a_silence_of_long_ago_says_nothing_of_now(alone: Alone) -> None:
     assert member.look() is None and len(alone.store.list("rendezvous/")) == 2
 
 
+@pytest.mark.parametrize("mine", [True, False])
+def test_a_place_at_which_torchrun_finds_nobody_is_replaced_when_nobody_lives(
+    mine: bool, alone: Alone
+) -> None:
+    """Another program has the port, or the host there is frozen: its kernel still connects."""
+    alone.member("a").join(alone.pause)
+    alone.answer = Reach.OPEN
+    member = alone.member("a" if mine else "b", deaf={1})
+    for live in (None, True):
+        alone.seen = Owner(generation=1, job="j", place=1, live=live)
+        found = member.look()
+        assert (found is None) == (live is None), "beside a live owner it is tried again"
+    alone.seen = Owner(generation=1, job="j", place=1, live=False)
+    alone.reached = {"b": Reach.REFUSED}
+    found = member.join(alone.pause)
+    assert found is not None and found[0].number == 2
+    assert alone.now == 2.0 if mine else 7.0 <= alone.now < 10.0
+
+
+def test_each_place_has_a_token_that_no_other_has(alone: Alone) -> None:
+    one = alone.member("a").join(alone.pause)
+    alone.store.delete("rendezvous/0000000001.json")
+    other = alone.member("a").join(alone.pause)
+    assert one is not None and other is not None
+    assert one[0] == other[0] and one[0].token != other[0].token != ""
+
+
 def test_a_damaged_place_is_one_that_does_not_answer(alone: Alone) -> None:
     alone.store.put("rendezvous/0000000001.json", b"{")
     found = alone.member("a").join(alone.pause)
@@ -490,6 +518,9 @@ def test_a_watch_judges_as_a_claimant_would(tmp_path: Path) -> None:
         beats._beat()
         assert live() is True
     assert live() is False, "it has left"
+    owner.append("END", lambda _: {"step": 7, "digest": "d"})
+    ended = watch()
+    assert ended is not None and ended.ended_at == 7
     claim_run(store, Log(store), body={}, take_over=True)
     seen = watch()
     assert seen is not None and (seen.generation, seen.live, seen.place) == (2, True, 0)
@@ -507,3 +538,5 @@ def test_a_watch_that_finds_a_beat_of_long_ago_waits_for_no_other(tmp_path: Path
     os.utime(beat, (ago, ago))
     seen = Watch(store)()
     assert seen is not None and seen.live is False
+
+    assert seen.ended_at is None

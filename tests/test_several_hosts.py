@@ -18,6 +18,7 @@ import pytest
 from launch.chaos.hosts import Network
 from launch.chaos.scenarios import Ground, lacking
 from launch.chaos.several_hosts import SEVERAL_HOSTS
+from launch.chaos.trial import Program
 from storage.log import Log
 from storage.store import open_store
 from tests.hosts import Running, network, python
@@ -256,6 +257,38 @@ def test_without_the_host_where_they_met_the_others_meet_elsewhere_and_it_comes_
     assert worlds(run)[0] == 3 and worlds(run)[-2:] == [2, 3]
     assert final_digest(run) == final_digest(alone)
     assert rows(run) == rows(alone)
+
+
+SHARING = """
+import sys
+from launch.supervise import main, torchrun_command
+from storage.ending import end_process
+
+without = ("/usr/bin/env", "-u", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE")
+end_process(main(sys.argv[1:], lambda *given: [*without, *torchrun_command(*given)]))
+"""
+"""The supervisor, whose torchrun is not told to keep its store to itself."""
+
+
+@pytest.mark.soak
+def test_supervisors_without_that_variable_do_not_bring_a_world_that_grows_together(
+    ground: Ground,
+) -> None:
+    """As the scenario `newcomer`, in which the second world has both hosts' ranks."""
+    with ground.trial("sharing") as trial, network(2) as lan:
+
+        def join(number: int, stop: tuple[str, int] | None = None) -> Program:
+            words = trial.supervisor(torchrun=("--nnodes=1:4",))
+            words[1:3] = ["-c", SHARING]
+            return trial.start(words, environment={"LOGLEVEL": "INFO"}, on=lan[number], stop=stop)
+
+        first = join(0, ("micro_batch", 6))
+        place = first.stopped()
+        second = join(1)
+        first.says(" new nodes from group_rank")
+        place.go_on()
+        second.says("the hosts did not come together")
+        assert worlds(Path(trial.run)) in ([1], [1, 1])
 
 
 @pytest.fixture(scope="module")

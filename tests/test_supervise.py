@@ -290,6 +290,30 @@ def test_a_notice_while_a_store_hangs_is_heard_at_once() -> None:
         assert "a notice before the hosts met; exit code 75" in supervised.output()
 
 
+def test_ranks_are_minded_though_a_store_hangs() -> None:
+    with Supervised(1, "step=3", control="fake-hanging-question") as supervised:
+        supervised.line("asking")
+        assert supervised.end() == COMPLETE
+
+
+@pytest.mark.parametrize("code", [FENCED, START_AGAIN, INTERNAL])
+def test_a_host_whose_run_another_job_has_claimed_stops(code: int) -> None:
+    """Whatever it noticed first. One that only waited has not been fenced."""
+    starts = f"exit=75/run=r@1,step=3,exit={code}"
+    with Supervised(1, starts, control="fake-other-job") as program:
+        assert program.end() == FENCED
+        assert "another job has claimed the run; " in program.output()
+        assert program.output().count("starting again") == 1
+
+
+def test_a_host_that_has_trained_goes_on_without_a_newcomer_that_does_not_fit() -> None:
+    with Supervised(1, "unlike", control="fake-several-hosts") as newcomer:
+        assert newcomer.end() == PERMANENT
+    with Supervised(1, "step=3,unlike/unlike/step=4", control="fake-several-hosts") as veteran:
+        assert veteran.end() == COMPLETE
+        assert veteran.output().count("with another torch; starting again") == 2
+
+
 def test_a_notice_file_is_a_notice(tmp_path: Path) -> None:
     path = tmp_path / "leave"
     with Supervised(1, f"{READY},wait,exit=75", f"--notice_file={path}") as program:

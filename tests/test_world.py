@@ -173,6 +173,10 @@ def test_without_torchrun_it_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) 
         assert world.gather({"a": 1}) == [{"a": 1}]
         assert world.broadcast("x") == "x"
         assert not torch.distributed.is_initialized()
+    monkeypatch.setenv("RANGEFLOW_JOB", "as the user named it")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "as torchrun's hosts find one another")
+    with joined_world() as world:
+        assert world.job == "as the user named it"
 
 
 def test_torchrun_with_one_process_needs_no_collectives(monkeypatch: pytest.MonkeyPatch) -> None:

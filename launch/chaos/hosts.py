@@ -81,6 +81,14 @@ class Host:
         """The link works again."""
         self._network.ip(f"link set {self._port} up")
 
+    def freeze(self) -> None:
+        """Every process of it stops. Its kernel still takes connections, which nobody answers."""
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        """They go on."""
+        self._signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """As a loss of power: the link is down, and then every process ends at once."""
         self.cut()
@@ -89,6 +97,14 @@ class Host:
     def end(self) -> None:
         """End every process of it."""
         self._init.end()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To all processes but process 1; and to who entered the host, and stops as they do."""
+        space = str(Path(f"/proc/{self._init.pid}/ns/pid").readlink())
+        inside = set(processes_of(space)) - {self._init.pid}
+        for pid in inside | {_parent(pid) for pid in inside} - {self._init.pid, 0}:
+            with suppress(ProcessLookupError):
+                os.kill(pid, number)
 
 
 class Network:
@@ -162,6 +178,13 @@ def processes_of(namespace: str) -> list[int]:
         except OSError:
             continue  # it has ended
     return found
+
+
+def _parent(pid: int) -> int:
+    """The process above this one; 0 when this one has ended."""
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return 0
 
 
 class _Init:

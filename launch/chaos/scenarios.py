@@ -71,20 +71,24 @@ class Ground:
             trial.start(trial.alone()).end(COMPLETE)
             self.unbroken = reference(trial)
 
+    def trial(self, folder: str, name: str = "") -> Trial:
+        """A trial in a folder of its own, to be entered; its faults follow from the name."""
+        return Trial(
+            self.folder / folder,
+            self._data,
+            name=name,
+            shape=self._shape,
+            training_program=self._training_program,
+        )
+
     def play(
         self, scenario: Scenario, repetition: int = 0, seed: int = 0, *, keep: bool = False
     ) -> Result:
         """Play a scenario once. Its folder remains when it fails, or to `keep` it."""
         begun = time.monotonic()
-        folder = self.folder / f"{scenario.name}-{repetition}"
         violations: list[str] = []
-        trial = Trial(
-            folder,
-            self._data,
-            name=f"{seed}/{scenario.name}/{repetition}",
-            shape=self._shape,
-            training_program=self._training_program,
-        )
+        trial = self.trial(f"{scenario.name}-{repetition}", f"{seed}/{scenario.name}/{repetition}")
+        folder = self.folder / f"{scenario.name}-{repetition}"
         with trial:
             try:
                 scenario.act(trial)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from launch.chaos.hosts import Network, network
 from launch.chaos.scenarios import Need, Scenario
 from launch.chaos.trial import Place, Program, Trial, Violation
-from launch.exit_codes import COMPLETE, START_AGAIN
+from launch.exit_codes import COMPLETE, FENCED, START_AGAIN
 from storage.log import Log
 from storage.store import open_store
 
@@ -199,6 +199,55 @@ def _stale_host(trial: Trial) -> None:
         made.complete(0, 1, 2)
 
 
+def _frozen_host(trial: Trial) -> None:
+    """The place where they met still takes connections, and nobody answers there."""
+    trial.may_show_tracebacks = True
+    with cluster(trial, 3) as made:
+        place = made.gather(3)
+        first, second, _ = made.programs
+        first.stop("micro_batch", place.step + 2)  # a step's limit is known only after a step
+        place.go_on()
+        place = first.stopped()
+        second.stop("micro_batch")
+        trial.fault(f"host 0 is frozen in step {place.step + 1}")
+        made.lan[0].freeze()
+        other = made.world_of(2, second)
+        trial.fault(f"thawed, when the others are at step {other.step}")
+        made.lan[0].thaw()
+        first.says("number 2, on host")
+        made.newcomer_waits(second)
+        other.go_on()
+        made.complete(0, 1, 2)
+
+
+def _two_jobs_of_two(trial: Trial) -> None:
+    """Nobody fights: the second waits while the first lives, and the first stops when fenced."""
+    with cluster(trial, 4) as made:
+        first = made.join(job="one", stop=("micro_batch", 0))
+        first.says("the hosts meet at")
+        made.join(job="one")
+        place = made.world_of(2, first)
+        first.hold("micro_batch", place.step + trial.random.randrange(1, 10))
+        place.go_on()
+        place = first.stopped()  # its heartbeats go on
+        for _ in range(2):
+            made.join(job="two").says("of job 'one': host host0, process ")
+        third = made.programs[2]
+        trial.fault(f"both hosts of the first job are frozen in step {place.step + 1}")
+        third.stop("micro_batch", place.step + 2)
+        for host in made.lan.hosts[:2]:
+            host.freeze()
+        other = third.stopped()
+        trial.fault(f"thawed, when the second job is at step {other.step}")
+        for host in made.lan.hosts[:2]:
+            host.thaw()
+        first.release()
+        for program in made.programs[:2]:
+            program.end(FENCED)
+        other.go_on()
+        made.complete(2, 3)
+
+
 def _two_jobs(trial: Trial) -> None:
     with cluster(trial, 2) as made:
         first = made.join(job="one", holds=("micro_batch", trial.random.randrange(1, 20)))
@@ -230,5 +279,17 @@ SEVERAL_HOSTS = (
         act=_stale_host,
         needs=_NEEDS,
     ),
+    Scenario(
+        name="frozen-host",
+        about="the host where they met is frozen, and thawed",
+        act=_frozen_host,
+        needs=_NEEDS,
+    ),
     Scenario(name="two-jobs-two-hosts", about="two jobs on one run", act=_two_jobs, needs=_NEEDS),
+    Scenario(
+        name="two-jobs-four-hosts",
+        about="two jobs of two hosts each on one run",
+        act=_two_jobs_of_two,
+        needs=_NEEDS,
+    ),
 )

@@ -118,6 +118,14 @@ class Program:
         """Ask rank 0 to stop there, without waiting for it."""
         ask_to_stop(self.folder, name, step)
 
+    def hold(self, name: str, step: int = 0) -> None:
+        """As `stop`, for the thread of rank 0 alone that comes there; until `release`."""
+        ask_to_stop(self.folder, name, step, how="hold")
+
+    def release(self) -> None:
+        """Whoever is held goes on."""
+        (self.folder / "released").touch()
+
     def stopped(self) -> Place:
         """Wait until rank 0 has stopped where it was asked to."""
         place = self.stopped_or_ended()
@@ -371,7 +379,7 @@ def _environment(folder: Path, more: Mapping[str, str]) -> dict[str, str]:
 def ask_to_stop(folder: Path, phase: str, step: int = 0, how: str = "stop") -> None:
     """Ask rank 0 of the program in this folder to stop when it enters a phase.
 
-    With "hold" only the thread that enters it does, for good.
+    With "hold" only the thread that enters it does, until it is released.
     """
     _ask(folder, f"{phase} {step} {how}")
 

@@ -3,14 +3,15 @@
 Usage: watched.py TRAINING_ARGUMENTS..., with the folder of its trial in the environment. There a
 trial writes in `stop` a phase, a step, and "stop" or "hold"; the first rank 0 that comes so far
 renames the file to `stopped-PROCESS-STEP`. Then it sends itself SIGSTOP, or the thread that came
-there goes no further. The phases are those of the training program, with "import" before and "exit"
-after all of them.
+there goes no further until there is a file `released`. The phases are those of the training
+program, with "import" before and "exit" after all of them.
 """
 
 import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 if __name__ == "__main__":  # torchrun runs this file, with its folder in front of the path
@@ -34,7 +35,9 @@ def stop_where_asked(phase: str, step: int) -> None:
     except FileNotFoundError:  # another thread or process was faster
         return
     if how == "hold":
-        threading.Event().wait()
+        while not (folder / "released").exists():
+            time.sleep(0.01)
+        return
     # To this thread, which then goes no further; the rest of the process stops with it.
     signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
