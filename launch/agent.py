@@ -78,7 +78,7 @@ def mind_place(place: str, end: Callable[[int], object] = os._exit) -> None:
 
 def answers(place: str, seconds: float) -> bool:
     """Whether torchrun's store is at this place. What hangs is left behind."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     address, _, port = place.rpartition(":")
     answered = threading.Event()
