@@ -24,8 +24,6 @@ RANKS_FAILED = 1
 """torchrun's own: what the ranks have told the supervisor says more."""
 NOT_REACHED = 69
 """Nobody has answered in time at the place where the hosts meet."""
-PLACE_VARIABLE = "RANGEFLOW_PLACE"
-"""In its environment: that place, ADDRESS:PORT, unless it is this host."""
 ANSWER_SECONDS = 20.0
 ASK_SECONDS = 30.0
 
@@ -33,7 +31,7 @@ ASK_SECONDS = 30.0
 def main(arguments: Sequence[str]) -> int:
     """Be torchrun until it ends; on the main thread, which starts the ranks and so is theirs."""
     die_with_parent(int(arguments[0]))
-    if place := os.environ.get(PLACE_VARIABLE):
+    if place := elsewhere(arguments):
         threading.Thread(target=mind_place, args=(place,), daemon=True).start()
     from torch.distributed import DistNetworkError, DistStoreError
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -62,6 +60,13 @@ def main(arguments: Sequence[str]) -> int:
     return COMPLETE
 
 
+def elsewhere(arguments: Sequence[str]) -> str:
+    """Where the hosts meet, ADDRESS:PORT, when that is another host; "" when it is this one."""
+    given = dict(word.partition("=")[::2] for word in arguments if word.startswith("--rdzv-"))
+    another = given.get("--rdzv-conf", "").endswith("is_host=0")
+    return given.get("--rdzv-endpoint", "") if another else ""
+
+
 def mind_place(place: str, end: Callable[[int], object] = os._exit) -> None:
     """End this process when nobody answers at a place, and no rank lives that needs no answer."""
     while descendants() or answers(place, ANSWER_SECONDS) or descendants():
@@ -73,7 +78,7 @@ def mind_place(place: str, end: Callable[[int], object] = os._exit) -> None:
 
 def answers(place: str, seconds: float) -> bool:
     """Whether torchrun's store is at this place. What hangs is left behind."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     address, _, port = place.rpartition(":")
     answered = threading.Event()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.agent import PLACE_VARIABLE
 from launch.rendezvous import LOOK_SECONDS, Membership, Owner, Place, Reach, Watch
 from storage.errors import ConfigurationError, StoreUnavailableError
 from storage.store import open_store
@@ -92,7 +91,6 @@ class Elastic:
                 *_without(_without(self._arguments, "rdzv-conf"), "rdzv-id"),
             ),
             environment={VARIABLE: str(place.number), JOB_VARIABLE: self._job}
-            | ({} if holds else {PLACE_VARIABLE: f"{place.address}:{place.port}"})
             | ({"GLOO_SOCKET_IFNAME": interface} if interface else {}),
         )
 

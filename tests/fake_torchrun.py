@@ -14,6 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from launch.agent import NOT_REACHED
 from launch.exit_codes import exit_code
 from launch.minded import die_with_parent, show_stacks_when_asked
 from launch.notice import Notice
@@ -28,6 +29,8 @@ def agent(parent: int, world: int, starts: list[str]) -> int:
     before = len(list(folder.glob("start*")))
     (folder / f"start{before}").touch()
     words = starts[min(before, len(starts) - 1)]
+    if words == "unreached":
+        return NOT_REACHED
     command = [sys.executable, __file__, "rank", words]
     ranks = [
         subprocess.Popen(command, env={**os.environ, "RANK": str(n)}, start_new_session=True)

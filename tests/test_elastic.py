@@ -8,7 +8,7 @@ import pytest
 
 from checkpointing.incarnation import claim_run
 from launch import elastic
-from launch.agent import PLACE_VARIABLE
+from launch.agent import elsewhere
 from launch.elastic import (
     JOB_VARIABLE,
     VARIABLE,
@@ -166,12 +166,12 @@ def test_a_place_that_torchrun_cannot_reach_is_left(tmp_path: Path) -> None:
         joined = one.join(lambda seconds: True)
         assert joined is not None and joined.place.number == 1
         assert "--rdzv-conf=last_call_timeout=5,is_host=0" in joined.arguments
-        assert joined.environment[PLACE_VARIABLE] == f"127.0.0.1:{taken.getsockname()[1]}"
+        assert elsewhere(joined.arguments) == f"127.0.0.1:{taken.getsockname()[1]}"
         one.not_reached(joined)
         joined = one.join(lambda seconds: True)
         assert joined is not None and joined.place.number == 2
         assert "--rdzv-conf=last_call_timeout=5,is_host=1" in joined.arguments
-        assert PLACE_VARIABLE not in joined.environment
+        assert elsewhere(joined.arguments) == ""
 
 
 def test_a_store_that_fails_ends_no_supervisor(

@@ -9,6 +9,7 @@ import pytest
 
 from checkpointing.owner import provably_gone
 from launch.chaos.hosts import GATEWAY, Network, processes_of
+from launch.chaos.marked import state
 from tests.hosts import Running, inside, network, python
 
 SERVE = "import socket as s; l = s.create_server(('', 7)); print('up', flush=True); l.accept()"
@@ -45,6 +46,23 @@ def test_a_link_is_cut_and_healed_and_a_host_loses_power() -> None:
         assert processes_of(dead) == []
         assert "up" in servers[1].output()
     assert processes_of(dead) == []
+
+
+def test_a_host_is_frozen_and_thawed_and_ends_frozen() -> None:
+    with network(1) as lan:
+        server = python(lan[0], "-c", SERVE)
+        server.says("up")
+        lan[0].freeze()
+        assert state(server.pid) == "T"
+        here = (lan[0].address, 7)
+        inside(lan, lambda: socket.create_connection(here, timeout=60.0)).close()
+        lan[0].thaw()
+        assert server.end() == 0
+        other = python(lan[0], "-c", SERVE)
+        other.says("up")
+        lan[0].freeze()
+        lan[0].end()
+        assert other.end() != 0
 
 
 def test_hosts_leave_nothing_behind_when_a_test_fails() -> None:

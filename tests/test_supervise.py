@@ -306,6 +306,12 @@ def test_a_host_whose_run_another_job_has_claimed_stops(code: int) -> None:
         assert program.output().count("starting again") == 1
 
 
+def test_a_place_that_torchrun_did_not_reach_is_told_of() -> None:
+    with Supervised(1, "unreached/exit=75/step=3", control="fake-several-hosts") as program:
+        assert program.end() == COMPLETE
+        assert program.output().count("not reached") == 1
+
+
 def test_a_host_that_has_trained_goes_on_without_a_newcomer_that_does_not_fit() -> None:
     with Supervised(1, "unlike", control="fake-several-hosts") as newcomer:
         assert newcomer.end() == PERMANENT

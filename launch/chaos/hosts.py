@@ -14,10 +14,14 @@ import re
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from launch.chaos.marked import state
+
+LOOK_SECONDS = 0.01
 GATEWAY = "10.77.0.254"
 """Of every host: the bridge itself."""
 END_SECONDS = 60.0
@@ -83,11 +87,15 @@ class Host:
 
     def freeze(self) -> None:
         """Every process of it stops. Its kernel still takes connections, which nobody answers."""
-        self._signal(signal.SIGSTOP)
+        inside, above = self._processes()
+        _signal(inside, signal.SIGSTOP)
+        while any(state(pid) not in ("T", "Z", "") for pid in inside | above):
+            time.sleep(LOOK_SECONDS)  # who entered the host stops as well, a little later
 
     def thaw(self) -> None:
         """They go on."""
-        self._signal(signal.SIGCONT)
+        inside, above = self._processes()
+        _signal(inside | above, signal.SIGCONT)
 
     def kill(self) -> None:
         """As a loss of power: the link is down, and then every process ends at once."""
@@ -96,15 +104,16 @@ class Host:
 
     def end(self) -> None:
         """End every process of it."""
+        with suppress(OSError):
+            self.thaw()  # who has stopped would never take note of the ends that it waits for
         self._init.end()
 
-    def _signal(self, number: signal.Signals) -> None:
-        """To all processes but process 1; and to who entered the host, and stops as they do."""
+    def _processes(self) -> tuple[set[int], set[int]]:
+        """All but process 1, and those outside that have entered the host and wait for them."""
         space = str(Path(f"/proc/{self._init.pid}/ns/pid").readlink())
-        inside = set(processes_of(space)) - {self._init.pid}
-        for pid in inside | {_parent(pid) for pid in inside} - {self._init.pid, 0}:
-            with suppress(ProcessLookupError):
-                os.kill(pid, number)
+        inside = set(processes_of(space))
+        above = {_parent(pid) for pid in inside - {self._init.pid}} - inside - {0}
+        return inside - {self._init.pid}, above
 
 
 class Network:
@@ -178,6 +187,12 @@ def processes_of(namespace: str) -> list[int]:
         except OSError:
             continue  # it has ended
     return found
+
+
+def _signal(pids: set[int], number: signal.Signals) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _parent(pid: int) -> int:
