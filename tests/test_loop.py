@@ -474,8 +474,11 @@ def test_a_prompt_that_the_tokenizer_does_not_know_is_left_out_from_the_start(
     batches = Batches(
         plan=plan_of([source]), sources={"letters": source}, seed=5, context=8, global_batch_size=2
     )
-    recorded = recorder(batches)
     prompts = ("def f(", chr(1001))
+    recorder(batches).loop(2, sample_interval_steps=0, sample_prompts=prompts)
+    recorder(batches, rank=1).loop(2, sample_interval_steps=2, sample_prompts=prompts)
+    assert not caplog.text, "nobody here draws samples"
+    recorded = recorder(batches)
     loop = recorded.loop(2, sample_interval_steps=2, sample_prompts=prompts)
     assert """no samples from the prompt "def f(": character 'd' is not among""" in caplog.text
     assert "or give other --sample_prompts" in caplog.text
