@@ -127,7 +127,7 @@ class Ask:
     run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """Path or URL of the run."""
     what: Annotated[Literal["save", "stop"], tyro.conf.Positional]
-    """`save` now, or `stop`: save and leave with exit code 75."""
+    """`save` now, or `stop`: save and stay stopped, with exit code 0."""
     json: bool = False
     """Print the key of the request as JSON; it is gone once it is answered."""
 

@@ -33,6 +33,7 @@ from checkpointing.naming import chosen, read_run
 from checkpointing.pins import pinned
 from storage.commands import run_command
 from storage.errors import ConfigurationError
+from storage.local_store import expanded
 from storage.log import Log
 from storage.store import open_store
 
@@ -191,7 +192,7 @@ def _free_folder(out: str) -> Path:
         raise ConfigurationError(
             f"--out must be a local folder; got {out}. Export to a folder, then copy that"
         )
-    folder = Path(out).expanduser().resolve()
+    folder = expanded(Path(out)).resolve()
     if not folder.exists():
         return folder
     if not folder.is_dir():

@@ -26,6 +26,7 @@ from data_service import cache_needs
 from data_service.cache_needs import CacheNeeds
 from data_service.folder_lock import LOCK_SECONDS, FolderLock, abandoned, exclusive, told
 from storage.errors import ConfigurationError, StoreUnavailableError
+from storage.local_store import expanded
 
 _PART = ".part"
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -55,7 +56,7 @@ class CacheFolder:
     def __init__(
         self, folder: Path, *, limit_bytes: int, lock_seconds: float = LOCK_SECONDS
     ) -> None:
-        self.folder = folder.expanduser().absolute()
+        self.folder = expanded(folder).absolute()
         self.limit_bytes = limit_bytes
         self._objects = self.folder / "objects"
         self._lock = FolderLock(

@@ -133,7 +133,7 @@ class RemoteData:
 
 def cache_folder(folder: str, gigabytes: float, *, home: Path | None = None) -> CacheFolder:
     """The folder that is configured, or one of this user's; with a size that fits on its disk."""
-    place = Path(folder).expanduser() if folder else _default_folder(home)
+    place = Path(folder) if folder else _default_folder(home)
     limit = int(gigabytes * 1e9)
     if not limit:
         found = CacheFolder(place, limit_bytes=0)

@@ -55,6 +55,11 @@ def outcome(
         error = f"rank {own.rank}: {own.error}"
     elif not hang and not reports.places and status == INTERNAL:
         error = "torchrun itself failed, see above"
+    elif not hang and not reports.places and status == PERMANENT:  # `launch.agent` says so
+        error = (
+            "torchrun does not take its arguments, see above; write `--` before the script, or "
+            "torchrun reads the script's flags as its own"
+        )
     first = min(reports.places, default=None)
     place = reports.places[first] if first is not None else None
     return Outcome(

@@ -125,7 +125,7 @@ def read_trace(path: Path) -> Trace:
     except (KeyError, TypeError) as error:
         raise ConfigurationError(
             f'{path} is no trace: expected {{"metadata": {{"gap_seconds": G}}, "data": [...]}}, '
-            f"found no {error}"
+            f"found {f'no {error}' if isinstance(error, KeyError) else 'something else'}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path} is no trace: {error}") from error

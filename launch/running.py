@@ -251,6 +251,16 @@ class Keeper:
         """
         return self._answer(lambda request: request.kind == STOP)
 
+    def completed(self) -> None:
+        """Answer what was asked until the run's end: all is saved, nothing trains. For rank 0.
+
+        A stop that came too late must not stop the start that goes on with more steps one day. An
+        edit waits for that start.
+        """
+        for request in Inbox(self._store, ASKED).pending():
+            if request.kind != EDIT:
+                self._inbox.answered(request)
+
     @property
     def saved_step(self) -> int | None:
         """The newest step that was committed in this start."""

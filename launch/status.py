@@ -1,6 +1,7 @@
 """The command that says where a run stands: who trains it, how far, how well, and what to do."""
 
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -97,18 +98,19 @@ def status(
 
 def _advice(report: Mapping[str, Any], alive: Liveness) -> str:
     """What to do next."""
+    run = shlex.quote(report["url"])
     if report["damaged_records"]:
-        return f"look at the damaged log: python -m checkpointing.runs doctor {report['url']}"
+        return f"look at the damaged log: python -m checkpointing.runs doctor {run}"
     if alive.state == "complete":
         return (
-            f"take the weights: python -m checkpointing.export {report['url']} --out DIR; a larger "
+            f"take the weights: python -m checkpointing.export {run} --out DIR; a larger "
             "--max_steps goes on"
         )
     if alive.state == "alive":
         waits = "; it answers what is asked at a step boundary" if report["requests"] else ""
         return f"nothing: it trains{waits}"
     if alive.state == "never claimed":
-        return f"start it: torchrun --nproc_per_node=1 -- launch/train.py --run {report['url']}"
+        return f"start it: torchrun --nproc_per_node=1 -- launch/train.py --run {run}"
     again = "start the same command again"
     if report["error"] is not None:
         again = "see to the error; then start the same command again"

@@ -187,7 +187,7 @@ def train(
             report.stopped()
             return COMPLETE
         if owner is not None:
-            keeper.stopped()  # who asked for it as well has what was asked for
+            keeper.completed()
             finish(owner)
         keeper.forget_tier()
         return COMPLETE

@@ -36,11 +36,21 @@ _UNKNOWN_HERE = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 Result = TypeVar("Result")
 
 
+def expanded(path: Path) -> Path:
+    """The path with `~` and `~user` as the folders that they mean. Raises ConfigurationError."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"{path}: there is no such user, or no home of this one; give the whole path"
+        ) from error
+
+
 class LocalStore:
     """A folder. Creation is atomic by `os.link`, which never overwrites; files are fsynced."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root.expanduser().absolute()
+        self.root = expanded(root).absolute()
         self.url = str(root)
         self._swept = False
         self._has_links: bool | None = None  # not known yet

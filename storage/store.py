@@ -19,6 +19,13 @@ def open_store(url: str) -> Store:
         raise ConfigurationError(
             "the URL of a store is empty; give a path or a URL such as gs://b/x"
         )
+    try:
+        url.encode()
+    except UnicodeEncodeError as error:  # half of a surrogate pair: a byte that is no text
+        raise ConfigurationError(
+            f"{url!a} is no text in the encoding of this locale, so that no log could name it; "
+            "give another place, or set LC_ALL=C.UTF-8 if its name is UTF-8"
+        ) from error
     protocol, separator, place = url.partition("://")
     if not separator:
         return LocalStore(Path(url))

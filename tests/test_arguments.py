@@ -7,12 +7,13 @@ import pytest
 
 from checkpointing.arguments import COMMANDS, Copy, Doctor, Pin, Prune, Unpin, Verify
 from checkpointing.runs import main
+from launch.exit_codes import COMPLETE
 from storage.commands import parse
 from storage.errors import ConfigurationError
 
 Capture = pytest.CaptureFixture[str]
 
-NAMES = ("ls", "show", "verify", "pin", "unpin", "prune", "copy", "doctor")
+NAMES = ("ls", "show", "verify", "pin", "unpin", "prune", "copy", "ask", "doctor")
 
 
 def parsed(*argv: str) -> Any:
@@ -30,6 +31,12 @@ def test_the_help_has_an_example(command: list[str], capsys: Capture) -> None:
 def test_each_can_answer_a_script(name: str, capsys: Capture) -> None:
     assert main([name, "--help"]) == 0
     assert "--json" in capsys.readouterr().out
+
+
+def test_the_help_of_a_stop_says_the_exit_code_that_it_leads_to(capsys: Capture) -> None:
+    assert main(["ask", "--help"]) == 0
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", capsys.readouterr().out).split())
+    assert f"save and stay stopped, with exit code {COMPLETE}" in said
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def test_a_wrong_data_flag(
         (("--clip_norm=-1",), "optimizer.clip_norm must be positive, or 0 for no clipping"),
         (("--cpu_threads=0",), "cpu_threads must be from 1 to 1024; got 0"),
         (("--save_interval_steps=-1",), "an interval cannot be negative; got -1"),
-        (("--eval_windows=0",), "eval_windows, eval_micro_batch_size and log_interval_steps must"),
+        (("--eval_windows=0",), "eval_windows and eval_micro_batch_size must"),
         (("--sample_temperature=-1",), "sample_temperature must be a number from 0; got -1.0"),
         (("--seed=-1",), "seed must be from 0 to 2"),
         (("--keep_last=1",), "keep_last must be at least 2, because the newest checkpoint"),

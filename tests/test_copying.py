@@ -120,12 +120,12 @@ def test_a_later_copy_brings_an_earlier_one_up_to_date(
     copy_run(source, destination)
     go_on(source, 5, 6)
     prune(source, Log(source), keep_last=2, wall_clock=lambda: 0.0)
-    source.put("metrics.jsonl", b"more")
+    source.put("metrics.jsonl", b"as long again")
     copy_run(source, destination)
     assert Log(destination).refresh() == Log(source).refresh()
     for checkpoint in history(Log(destination).refresh()).live:
         load(destination, checkpoint)
-    assert destination.get("metrics.jsonl") == b"more"
+    assert destination.get("metrics.jsonl") == b"as long again", "known by its bytes"
 
 
 class CrashingCopy(Interleaved):

@@ -1,7 +1,10 @@
 """torchrun is started with what the hosts have agreed on, and with what the user said."""
 
+import os
 import re
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -225,6 +228,18 @@ def test_a_port_that_is_taken_is_left() -> None:
         assert free_port() != number
         assert reached("127.0.0.1", number) is Reach.OPEN
     assert interface_of("127.0.0.1") == "lo"
+
+
+def test_a_configuration_file_is_utf_8_in_any_locale(tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text("run = 'läufe/a'", encoding="utf-8")
+    code = "import sys; from launch.elastic import run_of; print(ascii(run_of(sys.argv[1:])))"
+    command = [sys.executable, "-c", code, f"--config={config}"]
+    locale = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | locale, capture_output=True, text=True
+    )
+    assert (done.stdout, done.stderr) == ("'l\\xe4ufe/a'\n", "")
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))])

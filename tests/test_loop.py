@@ -474,8 +474,11 @@ def test_a_prompt_that_the_tokenizer_does_not_know_is_left_out_from_the_start(
     batches = Batches(
         plan=plan_of([source]), sources={"letters": source}, seed=5, context=8, global_batch_size=2
     )
-    recorded = recorder(batches)
     prompts = ("def f(", chr(1001))
+    recorder(batches).loop(2, sample_interval_steps=0, sample_prompts=prompts)
+    recorder(batches, rank=1).loop(2, sample_interval_steps=2, sample_prompts=prompts)
+    assert not caplog.text, "nobody here draws samples"
+    recorded = recorder(batches)
     loop = recorded.loop(2, sample_interval_steps=2, sample_prompts=prompts)
     assert """no samples from the prompt "def f(": character 'd' is not among""" in caplog.text
     assert "or give other --sample_prompts" in caplog.text
@@ -634,14 +637,16 @@ def test_people_are_told_loss_speed_and_what_is_left(
     line = r"step 2/4  loss \d\.\d{4}  rate 4\.00e-03  norm \d+\.\d\d  [\d,]+ tokens/s  ETA 0:00:0"
     assert re.search(line, caplog.text)
     assert len(caplog.records) == 2
+    assert recorder(batches).loop(4, log_interval_steps=0).run(0, 0)
+    assert len(caplog.records) == 3, "0 switches it off, but for the last step"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"eval_windows": 0}, "eval_windows, .* must be at least 1; got 0, 16, 50"),
-        ({"eval_micro_batch_size": 0}, "must be at least 1; got 64, 0, 50"),
-        ({"log_interval_steps": 0}, "must be at least 1; got 64, 16, 0"),
+        ({"eval_windows": 0}, "eval_windows and .* must be at least 1; got 0 and 16"),
+        ({"eval_micro_batch_size": 0}, "must be at least 1; got 64 and 0"),
+        ({"log_interval_steps": -1}, "an interval cannot be negative; got -1"),
         ({"eval_interval_steps": -1}, "an interval cannot be negative; got -1"),
         ({"sample_interval_steps": -2}, "an interval cannot be negative; got -2"),
         ({"save_interval_steps": -3}, "an interval cannot be negative; got -3"),

@@ -142,6 +142,13 @@ def test_another_owner_is_named_and_is_no_error(two: Ranks) -> None:
     assert "generation 4 on host b, in phase 'step' at step 9" in came.cause
 
 
+def test_arguments_that_torchrun_does_not_take_are_said_to_be_the_cause(tmp_path: Path) -> None:
+    with Ranks(tmp_path, 0) as ranks:
+        came = ranks.outcome(78)
+    assert came.code == 78
+    assert "torchrun does not take its arguments, see above; write `--` before" in came.cause
+
+
 @pytest.mark.parametrize(("status", "code"), [(1, 70), (70, 70), (75, 75), (78, 78), (-9, 70)])
 def test_without_a_word_of_a_rank_torchruns_end_counts(
     status: int, code: int, tmp_path: Path

@@ -342,6 +342,23 @@ def test_edits_that_are_asked_for_are_told_and_taken_once(
         assert kept.take_edits() == []
 
 
+def test_what_is_asked_too_late_is_answered_by_the_end_and_an_edit_waits(
+    tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    """A stop that stayed would stop the start that goes on with more steps."""
+    store = LocalStore(tmp_path / "run")
+    edits: list[str] = []
+
+    def listener(phase: str, step: int) -> None:
+        if (phase, step) == ("step", 5) and not edits:  # no heartbeat comes after it
+            ask(store, "stop")
+            ask(store, "save")
+            edits.append(put_request(store, EDIT, {}))
+
+    assert train_here("--run", store.root, *data, *SHAPE, listener=listener) == 0
+    assert store.list("requests/") == edits
+
+
 def test_a_save_is_told_with_its_step_and_digest(
     tmp_path: Path, data: tuple[str, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -118,6 +118,12 @@ def test_a_run_that_was_never_claimed_is_to_be_started(store: LocalStore) -> Non
     assert found["advice"].startswith("start it: torchrun")
 
 
+def test_a_command_that_is_advised_can_be_pasted_with_any_name_of_a_run(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "my run")
+    store.put("run.json", canonical_json(RUN))
+    assert told(store)["advice"].endswith(f"--run '{tmp_path}/my run'")
+
+
 def test_a_damaged_log_is_for_the_doctor(store: LocalStore) -> None:
     make_run(store, 2, 4)
     store.put("log/0000000002.json", b"{}")

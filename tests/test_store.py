@@ -27,3 +27,10 @@ def test_a_url_with_credentials_or_of_no_known_kind_is_refused() -> None:
         open_store("nosuch://place")
     with pytest.raises(ConfigurationError, match="is empty"):
         open_store("")
+
+
+def test_a_home_that_does_not_exist_and_a_name_that_is_no_text_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="~nobody-has-this-name/x: there is no such user"):
+        open_store("~nobody-has-this-name/x")
+    with pytest.raises(ConfigurationError, match=r"'runs/bad.udcff' is no text in the encoding"):
+        open_store("runs/bad\udcff")

@@ -57,6 +57,20 @@ def test_signals_are_handled_before_torch_is_imported() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_a_notice_after_the_claim_ends_it_before_a_step_is_begun(
+    tmp_path: Path, data: tuple[str, ...]
+) -> None:
+    phases: list[str] = []
+
+    def listener(phase: str, step: int) -> None:
+        phases.append(phase)
+        if phase == "restore":
+            signal.raise_signal(signal.SIGTERM)
+
+    assert train_here("--run", tmp_path / "run", *data, *SHAPE, listener=listener) == 75
+    assert "restore" in phases and "step" not in phases
+
+
 def test_a_rank_whose_supervisor_is_gone_trains_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -58,14 +58,15 @@ class LoopConfig:
     """Steps between snapshots to the local tier, if there is one."""
 
     def __post_init__(self) -> None:
-        if self.eval_windows < 1 or self.eval_micro_batch_size < 1 or self.log_interval_steps < 1:
+        if self.eval_windows < 1 or self.eval_micro_batch_size < 1:
             raise ConfigurationError(
-                "eval_windows, eval_micro_batch_size and log_interval_steps must be at least 1; "
-                f"got {self.eval_windows}, {self.eval_micro_batch_size}, {self.log_interval_steps}"
+                "eval_windows and eval_micro_batch_size must be at least 1; got "
+                f"{self.eval_windows} and {self.eval_micro_batch_size}"
             )
         intervals = (
             self.eval_interval_steps,
             self.sample_interval_steps,
+            self.log_interval_steps,
             self.save_interval_steps,
             self.local_interval_steps,
         )
@@ -262,7 +263,7 @@ class Loop:
         self._validation_loss = row.get("validation_loss")
         if said:
             self._around.record(row)
-            if step % self._config.log_interval_steps == 0 or last:
+            if _due(step, self._config.log_interval_steps) or last:
                 self._log(row, speed)
         speed.restart()
 
