@@ -24,6 +24,8 @@ STACKS_SECONDS = 2.0
 KILL_SECONDS = 30.0
 LINGER_SECONDS = 60.0
 """How long torchrun may go on when all its ranks have said their last word."""
+MEET_SECONDS = 300.0
+"""How long the ranks of several hosts may take to find one another: a host may be lost by then."""
 OUTDATED_SECONDS = 3.0
 """How often it is asked, while no rank lives, whether torchrun waits in vain for other hosts."""
 
@@ -72,6 +74,7 @@ class Start:
         self._deadline = float("inf")
         self._signalled: set[int] = set()
         self._all_left: float | None = None
+        self._meeting: float | None = None
 
     def run(self) -> Outcome:
         """Start torchrun, mind it until it ends or must, and clear away what it began."""
@@ -184,8 +187,15 @@ class Start:
         self._say(f"{self._wake.told[0].source}: the ranks have {deadline - self._clock():.1f} s")
 
     def _waits_in_vain(self) -> str:
-        """Why torchrun, none of whose ranks lives, waits for hosts that will not come; or ""."""
-        if self._outdated is None or self._clock() - self._asked < OUTDATED_SECONDS:
+        """Why torchrun or its ranks wait for hosts that will not come; or ""."""
+        if self._outdated is None:
+            return ""
+        meeting = any(p.phase == "rendezvous" for p in self._reports.places.values())
+        since = self._meeting
+        self._meeting = (self._awake() if since is None else since) if meeting else None
+        if self._meeting is not None and self._awake() - self._meeting > MEET_SECONDS:
+            return f"the ranks of other hosts have not come in {MEET_SECONDS:.0f} s"
+        if self._clock() - self._asked < OUTDATED_SECONDS:
             return ""
         self._asked = self._clock()
         if self._ranks() or any(exit_.code == COMPLETE for exit_ in self._reports.exits):

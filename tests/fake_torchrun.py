@@ -103,6 +103,8 @@ def act(action: str, notice: Notice, report: Reporter) -> int | None:
     elif name == "busy":
         error = RunBusyError("the run is in use by generation 4 on host other, at step 7")
         return report.ended(exit_code(error), error)
+    elif name == "meet":
+        report.place("rendezvous", 0)
     elif name == "unlike":
         unlike = UnlikeHostsError("a host with another torch")
         return report.ended(exit_code(unlike), unlike)

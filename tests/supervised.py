@@ -35,6 +35,8 @@ def quick_at_step_3(watch: launch.hang.HangWatch, kind: str) -> float:
 def meet() -> None:
     """Several hosts are at a place, each time."""
     launch.elastic.for_several_hosts = lambda arguments: True
+    launch.elastic.Elastic.outdated = lambda elastic, joined: ""
+    launch.elastic.Elastic.still_ours = lambda elastic: True
     launch.elastic.Elastic.not_reached = lambda elastic, joined: print("not reached", flush=True)
     launch.elastic.Elastic.join = lambda elastic, pause: launch.elastic.Joined(
         place=launch.rendezvous.Place(number=1, address="a", port=1, host="a"),
@@ -66,6 +68,7 @@ def run(control: str, arguments: list[str]) -> int:
             threading.Event().wait(),
         )
     elif control == "fake-several-hosts":  # not broken: they have met
+        launch.start.MEET_SECONDS, launch.start.LOOK_SECONDS = 0.3, 0.1
         meet()
     elif control == "fake-other-job":  # not broken: another job has claimed the run
         meet()

@@ -13,6 +13,7 @@ CODES = {
     "RangeFlowError": 70,
     "ConfigurationError": 78,
     "DataError": 78,
+    "UnlikeHostsError": 78,
     "NoUsableCheckpointError": 78,
     "IntegrityError": 78,
     "StoreUnavailableError": 75,

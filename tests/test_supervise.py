@@ -306,6 +306,13 @@ def test_a_host_whose_run_another_job_has_claimed_stops(code: int) -> None:
         assert program.output().count("starting again") == 1
 
 
+def test_ranks_do_not_wait_half_an_hour_for_those_of_a_host_that_was_lost_meanwhile() -> None:
+    starts = "meet,hang/meet,hang/meet,hang/meet,step=3"
+    with Supervised(1, starts, control="fake-several-hosts") as program:
+        assert program.end() == COMPLETE, "nor is it a crash loop"
+        assert program.output().count("the ranks of other hosts have not come in") == 3
+
+
 def test_a_place_that_torchrun_did_not_reach_is_told_of() -> None:
     with Supervised(1, "unreached/exit=75/step=3", control="fake-several-hosts") as program:
         assert program.end() == COMPLETE
