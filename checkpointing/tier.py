@@ -5,14 +5,15 @@ same code as the run's, by the processes of one host, for whom it holds the whol
 there is no checkpoint of the run: `adopt` commits it to the run's store first, and only when it was
 written for this run by the last incarnation before this one that wrote anything, every byte of it
 is verified, the checkpoint that was newest at the time is still live, the plan begins with the plan
-of then, it is newer than the newest checkpoint, and no other host has another state for its step.
+of then, it is newer than the newest checkpoint, no other host has another state for its step, and
+the caller refuses it not: a run's curve must still have the rows up to it.
 
 Covers: processes that die while their host lives; the loss of hosts, as long as one is left.
 """
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -85,8 +86,12 @@ def adopt(
     group: Group | None = None,
     *,
     holds: bool = True,
+    refused: Callable[[int, int], str] = lambda committed, step: "",
 ) -> Checkpoint | None:
     """Commit the newest snapshot that counts of any host to the run; None when none does.
+
+    `refused` is asked on rank 0, with the newest committed step (0 for none) and a snapshot's, why
+    that one must not be used; "" when it may.
 
     Every process of the group calls it, one of each host with `holds`; only rank 0 has an
     incarnation, decides, and gets the checkpoint. Whoever holds the snapshot uploads it. Raises on
@@ -98,7 +103,7 @@ def adopt(
     verdict: dict[str, Any] = {}
     if incarnation is not None:
         try:
-            verdict = {"order": _in_order(offers, incarnation)}
+            verdict = {"order": _in_order(offers, incarnation, refused)}
         except FencedError as error:
             verdict = {"fenced": str(error)}
         except StoreUnavailableError as error:
@@ -140,9 +145,14 @@ def _offer(tier: Store) -> dict[str, Any]:
     return {"snapshot": asdict(snapshot), "context": context, "writer": writer, "whole": whole}
 
 
-def _in_order(offers: Sequence[dict[str, Any]], incarnation: Incarnation) -> list[int]:
+def _in_order(
+    offers: Sequence[dict[str, Any]],
+    incarnation: Incarnation,
+    refused: Callable[[int, int], str],
+) -> list[int]:
     """The ranks whose snapshots count, the newest first."""
     now = history(incarnation.check())
+    committed = now.live[-1].step if now.live else 0
     found: list[tuple[int, int]] = []
     digests: dict[int, set[str]] = {}
     for rank, offer in enumerate(offers):
@@ -150,6 +160,7 @@ def _in_order(offers: Sequence[dict[str, Any]], incarnation: Incarnation) -> lis
             continue
         step = offer["snapshot"]["step"] if "snapshot" in offer else 0
         why_not = offer.get("why_not") or _stale(offer, now, incarnation)
+        why_not = why_not or refused(committed, step)
         if why_not:
             _not_used(step, rank, why_not)
             continue

@@ -48,7 +48,7 @@ from storage.errors import FencedError, StoreUnavailableError
 from storage.requests import Inbox, Request
 from storage.store import Store
 from trainer.loop import LoopConfig, Surroundings
-from trainer.metrics import Metrics
+from trainer.metrics import Metrics, has_rows
 from trainer.state import with_unsaid
 from trainer.step import Flags, StepResult
 
@@ -394,10 +394,18 @@ def open_tier(
         return None
     run = world.on_rank_0(lambda: read_run(store)["run"])
     tier, host = tier_store(config.local_tier, run, store), world.of_host()
+    curve = store.local_path("metrics.jsonl")
+
+    def refused(committed: int, step: int) -> str:
+        """A start without the tier went on from an older step, and dropped the rows after it."""
+        if curve is None or has_rows(curve, committed, step):
+            return ""
+        return "a later start has dropped its curve"
+
     mine: Incarnation | None = None
     why_not = ""
     try:
-        adopt(tier, store, owner, world, holds=host.rank == 0)
+        adopt(tier, store, owner, world, holds=host.rank == 0, refused=refused)
     except StoreUnavailableError as error:
         why_not = str(error)
     else:

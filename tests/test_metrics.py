@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from storage.errors import FencedError, StoreUnavailableError
-from trainer.metrics import Metrics
+from trainer.metrics import Metrics, has_rows
 
 Curve = list[tuple[int, float]]
 
@@ -314,3 +314,11 @@ def test_of_several_rows_of_a_step_the_last_counts(tmp_path: Path) -> None:
     )
     with Metrics(tmp_path, generation=1, step=2):
         assert curve_of_lines(tmp_path) == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_curve_has_rows_when_none_between_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    assert has_rows(path, 3, 3) and not has_rows(path, 3, 4), "there is no file"
+    path.write_text('{"step": 4}\n{"step": 5}\n{"step": 7}\n{"step": 8')
+    assert has_rows(path, 3, 5) and has_rows(path, 6, 7)
+    assert not has_rows(path, 3, 7) and not has_rows(path, 7, 8)

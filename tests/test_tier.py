@@ -351,6 +351,22 @@ def test_a_killed_program_goes_on_from_its_local_snapshot(
     assert curve(killed) == curve(unbroken)
 
 
+def test_a_snapshot_whose_curve_a_start_without_the_tier_has_dropped_is_not_used(
+    tmp_path: Path, data: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    """That start committed nothing: only the curve tells of it, and would keep a gap for ever."""
+    unbroken, killed = tmp_path / "unbroken", tmp_path / "killed"
+    assert train_here("--run", unbroken, *data, *SHAPE) == 0
+    flags, tier = ("--run", killed, *data, *SHAPE), ("--local_tier", tmp_path / "tier")
+    train_until_killed(*flags, *tier, phase="step", nth=6, control="whole_snapshots")
+    train_until_killed(*flags, phase="step", nth=2)
+    assert train_here(*flags, *tier) == 0
+    assert "is not used: a later start has dropped its curve" in capfd.readouterr().err
+    assert final_digest(killed) == final_digest(unbroken)
+    assert rows(killed) == rows(unbroken)
+    assert curve(killed) == curve(unbroken)
+
+
 def test_when_rank_0s_host_is_lost_the_snapshot_of_the_host_that_is_left_saves_the_run(
     tmp_path: Path,
 ) -> None:

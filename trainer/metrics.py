@@ -98,6 +98,11 @@ class Metrics:
             del self._rows[: len(rows)]
 
 
+def has_rows(path: Path, after: int, step: int) -> bool:
+    """Whether a `metrics.jsonl` has every row after the step `after`, up to `step`."""
+    return {row_step for row_step, _ in _rows(path)} >= set(range(after + 1, step + 1))
+
+
 def _events_of(row: dict[str, Any]) -> Iterator[Event]:
     for name, value in row.items():
         if name not in _NOT_CURVES:
@@ -145,15 +150,7 @@ def _reopen(path: Path, step: int, check: Callable[[], object]) -> BinaryIO:
     """
     for left in path.parent.glob(".metrics.jsonl.*"):  # by a process killed in here
         left.unlink(missing_ok=True)
-    kept: dict[int, str] = {}
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    for line in lines:
-        try:
-            row_step = int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue  # the last line of a killed process, half written
-        if row_step <= step:
-            kept[row_step] = line + "\n"
+    kept = {row_step: line + "\n" for row_step, line in _rows(path) if row_step <= step}
     temporary = path.with_name(f".metrics.jsonl.{uuid.uuid4().hex}")
     file = cast(BinaryIO, open(temporary, "xb", buffering=0))  # noqa: SIM115
     try:
@@ -166,6 +163,15 @@ def _reopen(path: Path, step: int, check: Callable[[], object]) -> BinaryIO:
         temporary.unlink(missing_ok=True)
         raise
     return file
+
+
+def _rows(path: Path) -> Iterator[tuple[int, str]]:
+    """The step and the line of each row, as they stand there."""
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            yield int(json.loads(line)["step"]), line
+        except (ValueError, KeyError, TypeError):
+            continue  # the last line of a killed process, half written
 
 
 def _write_all(file: BinaryIO, data: bytes) -> None:
