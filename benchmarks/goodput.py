@@ -214,7 +214,7 @@ def _may_make_namespaces() -> bool:
 def _until_step(run: Path, prefix: Sequence[str], *, beyond: int) -> float:
     """Train, and kill at the first step after `beyond`: the seconds that it took until there."""
     supervised = [sys.executable, "-m", "launch.supervise", "--metadata=none", "--"]
-    torchrun = ["--standalone", "--nproc_per_node=1", "launch/train.py", "--run", str(run)]
+    torchrun = ["--standalone", "--nproc_per_node=1", "--", "launch/train.py", "--run", str(run)]
     often = ["--log_interval_steps=1", "--save_interval_steps=20", "--max_steps=100000"]
     begun = time.monotonic()
     with subprocess.Popen(
