@@ -165,9 +165,8 @@ def _show(result: "Result") -> None:
             console.print(Text(f"         {violation}"))
         if result.violations:
             console.print(Text(f"         seed {result.seed}; kept in {result.folder}"))
-    print(
-        capture.get(), end="", flush=True
-    )  # rich itself would exit with 1, as if it were violated
+    # Not by rich: where the pipe is closed it would exit with 1, as if something were violated.
+    print(capture.get(), end="", flush=True)
 
 
 def _chosen(arguments: Chaos) -> "list[Scenario]":
