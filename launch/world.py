@@ -175,6 +175,13 @@ def fingerprint(device: torch.device) -> dict[str, str]:
 def _device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigurationError(
+            f"this host has {count} GPUs, and at least {local_rank + 1} processes were asked for: "
+            f"give torchrun --nproc_per_node={count}, or set CUDA_VISIBLE_DEVICES= to train on the "
+            "CPU"
+        )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device

@@ -7,7 +7,7 @@ import torch
 
 from launch.world import _of_one_host, fingerprint, joined_world
 from storage import errors
-from storage.errors import FencedError
+from storage.errors import ConfigurationError, FencedError
 from tests.ranks import Ranks
 
 VALUES = [
@@ -205,3 +205,13 @@ def test_a_fingerprint_names_the_kind_of_device_and_the_version_of_torch() -> No
         "torch": torch.__version__,
     }
     assert json.loads(json.dumps(found)) == found
+
+
+def test_more_processes_than_gpus_are_refused_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(ConfigurationError, match="this host has 1 GPUs, and at least 2 processes"):
+        joined_world().__enter__()
