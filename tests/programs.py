@@ -21,7 +21,7 @@ from storage.store import open_store
 from tests.forks import ROOT, Fork
 from tests.ranks import Ranks
 
-TIMEOUT_SECONDS = 300.0
+TIMEOUT_SECONDS = 600.0
 
 
 def train_here(*arguments: str | Path, listener: object = None) -> int:
