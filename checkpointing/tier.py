@@ -6,7 +6,7 @@ there is no checkpoint of the run: `adopt` commits it to the run's store first, 
 written for this run by the last incarnation before this one that wrote anything, every byte of it
 is verified, the checkpoint that was newest at the time is still live, the plan begins with the plan
 of then, it is newer than the newest checkpoint, no other host has another state for its step, and
-the caller refuses it not: a run's curve must still have the rows up to it.
+the caller does not refuse it: a run's curve must still have the rows up to it.
 
 Covers: processes that die while their host lives; the loss of hosts, as long as one is left.
 """

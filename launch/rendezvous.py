@@ -264,10 +264,10 @@ class Membership:
         that comes together decides.
         """
         self._read()
-        reach, silent_seconds = Reach.OPEN, 0.0
+        reach, unreachable_seconds = Reach.OPEN, 0.0
         if place.address != self.address:  # silence counts from the first, whoever lives meanwhile
             reach = self._reach(place.address, place.port)
-            silent_seconds = self._seconds_unreachable(place.number, reach)
+            unreachable_seconds = self._seconds_unreachable(place.number, reach)
         owner = self._owner()
         if owner is not None and owner.live and owner.place == place.number:
             return ""
@@ -278,7 +278,7 @@ class Membership:
             and self._reach(newest.address, newest.port) is not Reach.SILENT
         ):
             return f"the hosts meet at another place than number {place.number}"
-        if silent_seconds < PATIENCE_SECONDS[Reach.SILENT]:
+        if unreachable_seconds < PATIENCE_SECONDS[Reach.SILENT]:
             return ""
         return f"{place.host} ({place.address}:{place.port}), where the hosts meet, {reach.value}"
 
